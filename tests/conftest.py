@@ -1,0 +1,66 @@
+"""Shared by all tests: import path, two oracles, and a way to call a script as the command line does."""
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import common as c  # after the path is set
+
+SCRIPTS = {s.name[:2]: s for s in sorted(ROOT.glob("0*_*.py"))}
+
+
+def load_script(number):
+    """The names defined in a numbered script, without running its main."""
+    return runpy.run_path(str(SCRIPTS[number]))
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """script("03", "--forget", "3") -> (exit status, stdout, stderr); runs main(argv) in this process."""
+
+    def call(number, *argv):
+        status = 0
+        try:
+            load_script(number)["main"]([str(a) for a in argv])
+        except SystemExit as e:
+            status = e.code or 0
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def toy():
+    """The names of 01_gaussian_toy.py: exact scores of Gaussian mixtures, the authority of the tests."""
+    return load_script("01")
+
+
+@pytest.fixture
+def gaussian():
+    """A correlated 2-D Gaussian in float64, as an exact network.  Correlated, or errors of the trace would not show."""
+    mean = torch.tensor([[0.4, -0.7]], dtype=torch.float64)
+    cov = torch.tensor([[[1.0, 0.55], [0.55, 0.5]]], dtype=torch.float64)
+    return c.GaussianMixture(mean, cov, torch.ones(1, dtype=torch.float64), sd=0.8)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes; runs only with --slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        slow = [i for i in items if "slow" in i.keywords]
+        config.hook.pytest_deselected(slow)
+        items[:] = [i for i in items if i not in slow]

@@ -1,0 +1,112 @@
+"""Losses against the fields that minimise them exactly."""
+import math
+
+import pytest
+import torch
+import torch.nn as nn
+
+import common as c
+
+
+class Linear(nn.Module):
+    """F = W y + b: for Gaussian data at one noise level the optimum is in this family."""
+
+    def __init__(self, sd):
+        super().__init__()
+        self.sd, self.layer = sd, nn.Linear(2, 2).double()
+
+    def forward(self, y, phi):
+        return self.layer(y)
+
+
+@pytest.mark.parametrize("sde", [c.VE(), c.VP(), c.SubVP()], ids=["ve", "vp", "subvp"])
+@pytest.mark.parametrize("weight", ["v", "std2"])
+def test_score_matching_recovers_the_gaussian_score(sde, weight, gaussian):
+    """Least squares on dsm_loss with fixed noise ends at the exact score, up to Monte Carlo error."""
+    torch.manual_seed(0)
+    n, net = 100000, Linear(gaussian.sd)
+    x0, t = gaussian.sample(n), torch.full((n,), sde.time_of(torch.tensor(0.8)).item(), dtype=torch.float64)
+    optimizer = torch.optim.LBFGS(net.parameters(), max_iter=60, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        torch.manual_seed(1)
+        loss = c.dsm_loss(net, sde, x0, t, weight).mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    x_t = c.bcast(sde.s(t[:200]), x0) * gaussian.sample(200) + sde.std(t[:200])[:, None] * torch.randn(200, 2, dtype=torch.float64)
+    got, want = (c.score_fn(m, sde, x_t, t[:200]).detach() * sde.std(t[0]) for m in (net, gaussian))
+    assert (got - want).abs().max() < 0.03 and want.abs().max() > 1
+
+
+def test_weight_v_is_the_error_of_F(gaussian):
+    """|F - F*|^2 written out by hand."""
+    torch.manual_seed(0)
+    x0, t, sde, sd = gaussian.sample(50), torch.rand(50, dtype=torch.float64), c.VP(), gaussian.sd
+    net = c.ExactNet(lambda x, sigma: 0.3 * x / (1 + sigma[:, None]), sd)
+    torch.manual_seed(1)
+    got = c.dsm_loss(net, sde, x0, t, "v")
+    torch.manual_seed(1)
+    z, phi = torch.randn_like(x0), torch.atan(sde.sigma(t) / sd)
+    cos, sin = phi.cos()[:, None], phi.sin()[:, None]
+    want = (net(cos * x0 / sd + sin * z, phi) - (sin * x0 / sd - cos * z)).square().mean(1)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)
+
+
+def slope(losses, field, toy, sigma, alpha, push, n=200000):
+    """d/d delta of alpha L_g + (1-alpha) L_f at z_hat = field + delta push, and its standard error.  Exact: L is quadratic in delta."""
+    sde, slopes = c.VE(), []
+    t = torch.full((n,), sde.time_of(torch.tensor(sigma)).item(), dtype=torch.float64)
+    for loss, source, share in zip(losses, (toy.g, toy.f), (alpha, 1 - alpha)):
+        x0, values = source.sample(n, c.rng(0)), []
+        for delta in (0.5, -0.5):
+            net = c.ExactNet(lambda x, s, d=delta: field.z_hat(x, s) + d * push(x), toy.sd)
+            torch.manual_seed(1)
+            values.append(loss(net, sde, x0, t))
+        slopes.append(share * (values[0] - values[1]))
+    return sum(s.mean() for s in slopes).item(), math.sqrt(sum(s.var() / n for s in slopes))
+
+
+@pytest.mark.parametrize("sigma", [0.8, 2.0])
+@pytest.mark.parametrize("method, alpha", [("obt", 0.9), ("obt-rel", 0.7), ("ort", 0.9), ("ort-inner", 0.9)])
+def test_exact_optima_are_stationary_points_of_the_losses(method, alpha, sigma, toy):
+    """Whichever way the optimum is pushed, the slope is zero; from Unseen's field the same push has a slope."""
+    world = toy["Toy"]([[-2, -2], [0, 0], [2, 2]], [0.8, 0.4, 0.8], [1])
+    loss_f = {
+        "obt": lambda *a: c.obt_loss(*a, floor=None),
+        "obt-rel": lambda net, *a: c.obt_rel_loss(net, world.all, *a),
+        "ort": c.ort_loss,
+        "ort-inner": lambda *a: c.ort_loss(*a, inner=True),
+    }[method]
+    centre = lambda x: torch.exp(-0.125 * x.square().sum(1, keepdim=True))
+    field, away = toy["optimum"](world, method, alpha), []
+    for push in (lambda x: centre(x) * torch.tensor([1.0, 0.3]), lambda x: centre(x) * x, lambda x: centre(x) * x.flip(1) * x.sum(1, keepdim=True)):
+        value, error = slope((c.dsm_loss, loss_f), field, world, sigma, alpha, push)
+        assert abs(value) < 4.5 * error
+        value, error = slope((c.dsm_loss, loss_f), world.g, world, sigma, alpha, push)
+        away.append(abs(value) / error)
+    assert max(away) > 10
+
+
+def test_obt_floor_stops_the_push():
+    """z_hat = -5 z has z_hat . z near -5: clipped to -2, with no gradient left; without a floor it is not."""
+    torch.manual_seed(0)
+    k = torch.tensor(-5.0, requires_grad=True)
+    net = c.ExactNet(lambda x, sigma: k * x / sigma[:, None])
+    x0, t = torch.zeros(8, 50), torch.full((8,), 0.9)
+    loss = c.obt_loss(net, c.VE(), x0, t)
+    assert torch.equal(loss, torch.full((8,), -2.0))
+    (slope_k,) = torch.autograd.grad(loss.sum(), k)
+    assert slope_k == 0
+    assert c.obt_loss(net, c.VE(), x0, t, floor=None).mean() < -4
+
+
+def test_losses_are_per_image_and_of_any_rank():
+    torch.manual_seed(0)
+    net = c.ExactNet(lambda x, sigma: 0.5 * x / (1 + c.bcast(sigma, x)), 0.5)
+    for shape in ((5, 2), (5, 3, 8, 8)):
+        x0, t = torch.randn(shape), torch.rand(5)
+        for loss in (c.dsm_loss, c.ort_loss, c.obt_loss, lambda *a: c.ort_loss(*a, inner=True), lambda n, *a: c.obt_rel_loss(n, n, *a)):
+            assert loss(net, c.VP(), x0, t).shape == (5,)

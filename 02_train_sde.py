@@ -1,20 +1,21 @@
 """02  Train the Standard score model: the one that generates everything, and that 03 teaches to forget.
 
     python 02_train_sde.py --dataset mnist                 # about an hour on 2 CPU cores; data/mnist_base.pt is its result
-    python 02_train_sde.py --dataset mnist --resume        # go on after Ctrl-C or a crash
-    python 02_train_sde.py --dataset mnist --quick         # a minute: does everything run?
-    python 02_train_sde.py --dataset mnist --judge         # train the classifier that judges samples instead (3 minutes)
+    python 02_train_sde.py --dataset mnist --resume        # go on after Ctrl-C or a crash, to the bit as if nothing had happened
+    python 02_train_sde.py --dataset mnist --quick         # seconds: does everything run?
+    python 02_train_sde.py --dataset mnist --measure       # FD and unsure share of the base that is there, beside real images
+    python 02_train_sde.py --dataset mnist --judge         # train the classifier that judges samples instead, 3 minutes
 
 Question: what does it take to learn grad log p_t(x) for every noise level t at once?
 Answer:   show the network images at a random noise level and ask it for the noise.  That is the whole loop below.
 
-Writes out/<dataset>/: base.pt (model, EMA, optimiser: everything --resume needs), samples_*.png at a cadence (the last row
-is real), log.jsonl.  Expect on MNIST: v-loss 0.30 after 300 steps, 0.20 after 1,500, 0.17 at the end.
+Writes out/<dataset>/: base.pt (model, average, optimizers: all that --resume needs), samples_*.png at a cadence (the last row is
+real), log.jsonl.  Expect on MNIST: v-loss 0.26 after 300 steps, 0.18 after 5,000, 0.16 at the end.
 
 Predict, then run:
-  1. At which sigma is the loss highest, and why is it low at both ends?      (read "loss by noise")
-  2. What do samples look like when the EMA is switched off?                  (--ema 0)
-  3. What happens to samples when no training image has sigma above 2?        (--log-sigma -1 0.5 --wide 0)
+  1. At which sigma is the loss highest, and why is it low in the middle?     (read "loss by noise")
+  2. What do samples look like when the average is switched off?              (--ema 0)
+  3. What becomes of samples when training never sees sigma above 2?          (--log-sigma -1 0.5 --wide 0)
 """
 import json
 import signal
@@ -26,9 +27,29 @@ import torch
 
 import common as c
 
+# ---- arguments ---------------------------------------------------------------------------------------
+
+
+def arguments(argv):
+    p = c.parser(__doc__)
+    p.add_argument("--sde", choices=["any", *c.SDES], default="any", help="noise seen in training; any: one model for all of them")
+    p.add_argument("--log-sigma", type=float, nargs=2, default=(-1.0, 1.4), help="--sde any: mean and std of ln sigma")
+    p.add_argument("--wide", type=c.number(float, 0, 1), default=0.1, help="--sde any: share of ln sigma drawn uniformly instead")
+    p.add_argument("--ema", type=c.number(float, 0, 0.99999), default=0.9995, help="decay of the weight average")
+    p.add_argument("--resume", action="store_true", help="go on from base.pt")
+    p.add_argument("--save-every", type=c.number(int, 1), default=1000)
+    p.add_argument("--sample-every", type=c.number(int, 1), default=5000)
+    p.add_argument("--judge", action="store_true", help="train the judge instead of the score model")
+    p.add_argument("--measure", action="store_true", help="measure the base model instead of training one")
+    p.add_argument("--n", type=c.number(int, 100), help="--measure: samples")
+    return c.finish_args(p.parse_args(argv), full=dict(steps=30000, lr=8e-3, n=5000), quick=dict(steps=30, n=200))
+
+
+# ---- the two side jobs -------------------------------------------------------------------------------
+
 
 def train_judge(args):
-    """--judge: train, test and save the classifier of common.Judge."""
+    """--judge: train, test and save the classifier of common.Judge, in half precision to halve the file."""
     train, test = (c.load_dataset(args.dataset, args.data_dir, part) for part in (True, False))
     judge = c.train_judge(train, epochs=1 if args.quick else 8, seed=args.seed, device=args.device)
     right = c.judge_images(judge, test.images).labels == test.labels
@@ -38,87 +59,104 @@ def train_judge(args):
     print(f"test accuracy {100 * right.float().mean():.2f} % on {len(right)} images; wrote {path}")
 
 
+def measure_base(args):
+    """--measure: how good is the base?  The same numbers for as many real test images say how good it could look at this n."""
+    path, make = c.find_base(args.out, args.dataset)
+    net, judge = c.load_net(path, make, args.device), c.load_judge(args.out, args.dataset, args.device)
+    train, test = (c.load_dataset(args.dataset, args.data_dir, part) for part in (True, False))
+    real = c.judge_images(judge, train.images[:5000] if args.quick else train.images).features
+    fake = c.sample_images(net, args.n, train.images.shape[1:], c.VP(), args.seed, device=args.device)
+    print(f"{path}, n = {args.n}, {c.SAMPLER}\n{'':9}FD       judge unsure, %")
+    for name, images in (("model", fake), ("real", test.images[torch.randperm(len(test.images), generator=c.rng(args.seed))[: args.n]])):
+        m = c.measure(c.judge_images(judge, images), [], real, len(train.classes))
+        print(f"{name:8}{m['fd']:7.3f}  {m['low_confidence']:6.2f}     classes {m['class_counts']}")
+
+
+# ---- checkpoint and progress -------------------------------------------------------------------------
+
+
+def save(path, step, net, ema, optimizers, args):
+    """Everything a run is made of, the random state included: data order, noise levels and noise all come from it."""
+    c.save_checkpoint(
+        path, arch=net.arch, model=net.state_dict(), ema=ema.net.state_dict(), optimizers=[o.state_dict() for o in optimizers],
+        step=step, rng=torch.get_rng_state(), args=vars(args), torch=str(torch.__version__),
+    )
+
+
+def resume(path, net, ema, optimizers, args):
+    """Undo of save -> the step to go on with."""
+    make = f"python 02_train_sde.py --dataset {args.dataset}"
+    ckpt = c.load_checkpoint(path, make, ("arch", "model", "ema", "optimizers", "step", "rng"))
+    if ckpt["arch"] != net.arch:
+        c.die(f"{path} holds another network (was it made with --quick?); start again without --resume")
+    net.load_state_dict(ckpt["model"]), ema.net.load_state_dict(ckpt["ema"])  # raw weights train on; the average only follows
+    for optimizer, state in zip(optimizers, ckpt["optimizers"]):
+        optimizer.load_state_dict(state)
+    torch.set_rng_state(ckpt["rng"])
+    ema.n = ckpt["step"]
+    print(f"resumed {path} at step {ckpt['step']}")
+    return ckpt["step"]
+
+
+def show(path, step, net, held_out, test, args):
+    """Loss by noise level on held-out images, and a grid of samples over a row of real ones."""
+    print("loss by noise, held out: " + "  ".join(f"sigma {a:g}-{b:g}: {v:.3f}" for a, b, v in c.loss_by_noise(net, held_out)))
+    x = c.sample_images(net, 50, test.images.shape[1:], c.WIDE, args.seed, batch=50, device=args.device)
+    c.image_grid(path, x, title=f"step {step} (last row: real)", real=test.images)
+
+
+# ---- the story ---------------------------------------------------------------------------------------
+
+
 def main(argv=None):
-    p = c.parser(__doc__)
-    p.add_argument("--ema", type=c.number(float, 0, 0.99999), default=0.9995, help="decay of the weight average")
-    p.add_argument("--log-sigma", type=float, nargs=2, default=(-1.0, 1.4), help="mean and std of ln sigma in training")
-    p.add_argument("--wide", type=c.number(float, 0, 1), default=0.1, help="share of ln sigma drawn uniformly instead")
-    p.add_argument("--resume", action="store_true", help="go on from base.pt")
-    p.add_argument("--judge", action="store_true", help="train the judge instead of the score model")
-    p.add_argument("--save-every", type=c.number(int, 1), default=1000)
-    p.add_argument("--sample-every", type=c.number(int, 1), default=5000)
-    args = c.finish_args(p.parse_args(argv), full=dict(steps=30000, lr=8e-3), quick=dict(steps=30))
-    if args.judge:
-        return train_judge(args)
+    args = arguments(argv)
+    if args.judge or args.measure:
+        return train_judge(args) if args.judge else measure_base(args)
     out = Path(args.out) / args.dataset
     print("args:", json.dumps(vars(args)))
 
     # ---- data: one tensor of bytes
-    data = c.load_dataset(args.dataset, args.data_dir)
-    test = c.load_dataset(args.dataset, args.data_dir, train=False)
+    data, test = (c.load_dataset(args.dataset, args.data_dir, part) for part in (True, False))
     held_out = c.dequantize(test.images[:500]).to(args.device)
     print(f"data: {len(data.images):,} images of {tuple(data.images.shape[1:])}, classes {' '.join(data.classes)}")
 
-    # ---- model
+    # ---- model: from scratch; only a network made from scratch shrinks under --quick
     recipe = c.RECIPES[args.dataset]
-    shape = dict(recipe["net"], sd=recipe["sd"])
-    if args.quick:
-        shape["width"] = 32  # only a network made from scratch shrinks
-    net = c.UNet(**shape).to(args.device)
+    net = c.UNet(**{**recipe["net"], **(dict(width=32) if args.quick else {})}, sd=recipe["sd"]).to(args.device)
     print(f"model: {sum(w.numel() for w in net.parameters()) / 1e6:.2f} M parameters")
-    optimizers = c.muon_and_adam(net, args.lr)
-    ema, first = c.EMA(net, args.ema), 0
-    if args.resume:
-        make = f"python 02_train_sde.py --dataset {args.dataset}"
-        ckpt = c.load_checkpoint(out / "base.pt", make, ("model", "ema", "optimizer", "step", "rng", "arch"))
-        if ckpt["arch"] != net.arch:
-            c.die(f"{out / 'base.pt'} holds another network (was it made with --quick?); start again without --resume")
-        net.load_state_dict(ckpt["model"]), ema.net.load_state_dict(ckpt["ema"])
-        for optimizer, state in zip(optimizers, ckpt["optimizer"]):
-            optimizer.load_state_dict(state)
-        torch.set_rng_state(ckpt["rng"])
-        first = ema.n = ckpt["step"]
-        print(f"resumed {out / 'base.pt'} at step {first}")
-
-    def save(step):
-        c.save_checkpoint(
-            out / "base.pt", arch=net.arch, model=net.state_dict(), ema=ema.net.state_dict(), optimizer=[o.state_dict() for o in optimizers],
-            step=step, rng=torch.get_rng_state(), args=vars(args), torch=str(torch.__version__),
-        )
+    sde = c.WIDE if args.sde == "any" else c.SDES[args.sde]()
+    optimizers, ema = c.muon_and_adam(net, args.lr), c.EMA(net, args.ema)
+    first = resume(out / "base.pt", net, ema, optimizers, args) if args.resume else 0
 
     # ---- loop
     shown, t0, skipped, running = first, time.time(), 0, 0.0
     log = open(out / "log.jsonl", "a" if args.resume else "w")
-    stop = []  # Ctrl-C only asks: the step in progress is finished, so the checkpoint is a whole number of steps
+    stop = []  # Ctrl-C only asks: the step in progress is finished, so a checkpoint always holds a whole number of steps
     signal.signal(signal.SIGINT, lambda *_: stop.append(True))
     for step in range(first, args.steps):
         net.train()
         c.set_lr(optimizers, step, args.steps, warmup=200)
         x0 = c.dequantize(data.images[torch.randint(len(data.images), (args.batch_size,))]).to(args.device)
-        t = c.lognormal_t(len(x0), c.WIDE, *args.log_sigma, args.wide, device=args.device)
-        loss = c.dsm_loss(net, c.WIDE, x0, t, weight="v").mean()
+        # The density of t decides where the effort goes; see common.lognormal_t.
+        t = c.uniform_t(len(x0), sde, args.device) if sde is not c.WIDE else c.lognormal_t(len(x0), sde, *args.log_sigma, args.wide, args.device)
+        loss = c.dsm_loss(net, sde, x0, t, weight="v").mean()
         skipped = c.guarded_step(loss, net, optimizers, skipped)
         ema.update(net)
         running += loss.detach()  # no .item(): on a GPU that would wait for the step to finish
 
         done = step + 1
         if done % 100 == 0 or done == args.steps:
-            rate = (done - shown) * args.batch_size / (time.time() - t0)
+            mean, rate = running.item() / (done - shown), (done - shown) * args.batch_size / (time.time() - t0)
             eta = (args.steps - done) * args.batch_size / rate / 60
-            print(f"step {done}/{args.steps}  v-loss {running.item() / (done - shown):.4f}  {rate:.0f} images/s  ETA {eta:.1f} min", flush=True)
-            log.write(json.dumps(dict(step=done, loss=running.item() / (done - shown), images_per_s=rate)) + "\n"), log.flush()
+            print(f"step {done}/{args.steps}  v-loss {mean:.4f}  {rate:.0f} images/s  ETA {eta:.1f} min", flush=True)
+            log.write(json.dumps(dict(step=done, loss=mean, images_per_s=rate)) + "\n"), log.flush()
             shown, t0, running = done, time.time(), 0.0
         if done % args.sample_every == 0 or done == args.steps:
-            bins = c.loss_by_noise(ema.net, held_out)
-            print("loss by noise (held out): " + "  ".join(f"sigma {a:g}-{b:g}: {v:.3f}" for a, b, v in bins))
-            noise = c.randn((50, *data.images.shape[1:]), c.rng(args.seed), args.device)
-            x = c.dpmpp_sample(ema.net, noise, c.karras_sigmas(20, 80.0), eta=1.0, generator=c.rng(args.seed, 1))
-            c.image_grid(out / f"samples_{done:06d}.png", c.to_bytes(x.cpu()), title=f"step {done} (last row: real)", real=test.images)
+            show(out / f"samples_{done:06d}.png", done, ema.net, held_out, test, args)
         if done % args.save_every == 0 or done == args.steps or stop:
-            save(done)
+            save(out / "base.pt", done, net, ema, optimizers, args)
         if stop:
-            print(f"\nstopped at step {done}; go on with: python 02_train_sde.py --dataset {args.dataset} --steps {args.steps} --resume")
-            return
+            return print(f"\nstopped at step {done}; go on with: python 02_train_sde.py --dataset {args.dataset} --steps {args.steps} --resume")
     print(f"wrote {out / 'base.pt'}; next: python 03_unlearn.py --dataset {args.dataset} --forget <class>")
 
 

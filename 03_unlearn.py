@@ -18,6 +18,7 @@ Predict, then run:
   2. What happens with --alpha 0.3?  And with --method obt --alpha 0.3?
   3. With --method ort, what takes the place of the 3s?         (look at before_after.png)
 """
+import copy
 import json
 import sys
 import time
@@ -28,12 +29,80 @@ import torch
 
 import common as c
 
-# What was best for each method on the MNIST base, see README; every entry is a flag.
+# What measured best for each method on the MNIST base (README shows how good that is).  Each entry is a flag.
 RECIPES = {
     "obt-rel": dict(alpha=0.6, alpha_end=0.6, log_sigma=(0.0, 0.7)),
     "obt": dict(alpha=0.9, alpha_end=0.9, log_sigma=(0.0, 0.7)),
     "ort": dict(alpha=0.9, alpha_end=0.9, log_sigma=(0.0, 0.7)),
 }
+
+# ---- arguments ---------------------------------------------------------------------------------------
+
+
+def arguments(argv):
+    p = c.parser(__doc__)
+    p.add_argument("--forget", nargs="+", metavar="CLASS", help="names of the classes to forget, e.g. 3 7 (no default)")      # <-- 03
+    p.add_argument("--method", choices=list(RECIPES), default="obt-rel")
+    p.add_argument("--sde", choices=list(c.SDES), default="vp")
+    p.add_argument("--alpha", type=c.number(float, 0, 1), help="weight of L_g; L_f has 1 - alpha")
+    p.add_argument("--alpha-end", type=c.number(float, 0, 1), help="alpha moves there in a straight line (default: the recipe's, or --alpha)")
+    p.add_argument("--log-sigma", type=float, nargs=2, help="noise of D_f: mean and std of ln sigma")
+    p.add_argument("--uniform-t", action="store_true", help="noise of D_f: the paper's t ~ U(0, 1) instead")
+    p.add_argument("--ema", type=c.number(float, 0, 0.99999), default=0.98, help="decay of the weight average")
+    p.add_argument("--n", type=c.number(int, 10), help="samples for the measures, before and after")
+    p.add_argument("--nfe", type=c.number(int, 2), help="network evaluations a sample")
+    args = p.parse_args(argv)
+    if not args.forget:
+        c.die("--forget is missing: name what to forget, e.g. python 03_unlearn.py --dataset mnist --forget 3")
+    recipe = dict(RECIPES[args.method])
+    if args.alpha is not None:
+        recipe["alpha_end"] = args.alpha
+    return c.finish_args(args, full=dict(steps=300, lr=3e-4, n=2000, nfe=20, **recipe), quick=dict(steps=5, n=60, nfe=6))
+
+
+# ---- the forget loss ---------------------------------------------------------------------------------
+
+
+def forget_loss(args, net, base, sde, x_f):                                                               # <-- 03
+    """L_f of the chosen method on a batch of D_f -> (B,)."""
+    # Where to push: a class is decided near sigma = 1.  Higher, all images look alike; lower, only the strokes' edges are open.
+    t = c.uniform_t(len(x_f), sde, args.device) if args.uniform_t else c.lognormal_t(len(x_f), sde, *args.log_sigma, device=args.device)
+    if args.method == "ort":
+        return c.ort_loss(net, sde, x_f, t)
+    if args.method == "obt":
+        return c.obt_loss(net, sde, x_f, t)
+    return c.obt_rel_loss(net, base, sde, x_f, t)
+
+
+# ---- measures and pictures ---------------------------------------------------------------------------
+
+
+def draw(net, label, args, sde, judge, shape):
+    """args.n samples, always from the same noise, and the judge's verdict on them."""
+    x = c.sample_images(net, args.n, shape, sde, args.seed, args.nfe, device=args.device, label=label)
+    return x, c.judge_images(judge, x)
+
+
+def report(args, before, after, judge, images_g, test_g, forget, classes, seconds):
+    """Print the measures before and after beside the floor: what real images of D_g score -> the content of result.json."""
+    real = c.judge_images(judge, images_g[:5000] if args.quick else images_g).features
+    real_test = c.judge_images(judge, test_g[torch.randperm(len(test_g), generator=c.rng(args.seed))[: args.n]])
+    pairs = ((before, None), (after, before), (real_test, None))
+    b, a, floor = (c.measure(verdict, forget, real, len(classes), reference) for verdict, reference in pairs)
+    print(f"{'':24}before   after   real D_g (floor)")
+    for name, key in (("unlearning ratio, %", "ur"), ("Frechet distance", "fd"), ("judge unsure, %", "low_confidence")):
+        print(f"{name:24}{b[key]:6.2f}  {a[key]:6.2f}  {floor[key]:6.2f}")
+    print(f"UR after in [{a['ur_interval'][0]:.2f}, {a['ur_interval'][1]:.2f}] % (95 %, n = {args.n}); class_min_ratio {a['class_min_ratio']:.2f}")
+    print(f"class counts before {b['class_counts']}\n             after  {a['class_counts']}")
+    return dict(
+        method=args.method, sde=args.sde, forget=[classes[i] for i in forget], alpha=[args.alpha, args.alpha_end],
+        steps=args.steps, n=args.n, sampler=c.SAMPLER, nfe=args.nfe,
+        ur_before=b["ur"], ur_after=a["ur"], ur_interval=a["ur_interval"], ur_floor=floor["ur"],
+        fd_before=b["fd"], fd_after=a["fd"], fd_floor=floor["fd"],
+        low_confidence_before=b["low_confidence"], low_confidence_after=a["low_confidence"], low_confidence_floor=floor["low_confidence"],
+        class_min_ratio=a["class_min_ratio"], class_counts=dict(before=b["class_counts"], after=a["class_counts"]),
+        seconds=seconds, args=vars(args),
+    )
 
 
 def before_after(path, before, after, judge_before, judge_after, classes, forget, columns=8, titles=("before", "after")):
@@ -61,11 +130,11 @@ def before_after(path, before, after, judge_before, judge_after, classes, forget
 
 
 def plot_curves(path, rows, title):
-    """Retain and forget loss over the steps: rows of (loss_g, loss_f, ...), with a running mean of 20."""
+    """Retain and forget loss over the steps: rows of dicts, with a running mean of 20."""
     plt = c.pyplot()
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.2))
-    for ax, i, name in zip(axes, (0, 1), ("retain loss L_g", "forget loss L_f")):
-        y = np.array([float(r[i]) for r in rows])
+    for ax, i, name in zip(axes, ("loss_g", "loss_f"), ("retain loss L_g", "forget loss L_f")):
+        y = np.array([r[i] for r in rows])
         k = min(20, len(y))
         ax.plot(y, color="0.8"), ax.plot(np.arange(k - 1, len(y)), np.convolve(y, np.ones(k) / k, "valid"))
         ax.set_xlabel("step"), ax.set_title(name, fontsize=10)
@@ -74,79 +143,46 @@ def plot_curves(path, rows, title):
     plt.close(fig)
 
 
+# ---- the story ---------------------------------------------------------------------------------------
+
+
 def main(argv=None):
-    p = c.parser(__doc__)
-    p.add_argument("--forget", nargs="+", metavar="CLASS", help="names of the classes to forget, e.g. 3 7 (no default)")
-    p.add_argument("--method", choices=list(RECIPES), default="obt-rel")
-    p.add_argument("--sde", choices=list(c.SDES), default="vp")
-    p.add_argument("--alpha", type=c.number(float, 0, 1), help="weight of L_g; L_f has 1 - alpha")
-    p.add_argument("--alpha-end", type=c.number(float, 0, 1), help="alpha moves there in a straight line (default: stays)")
-    p.add_argument("--log-sigma", type=float, nargs=2, help="D_f's noise: mean and std of ln sigma")
-    p.add_argument("--uniform-t", action="store_true", help="D_f's noise: the paper's t ~ U(0, 1) instead")
-    p.add_argument("--ema", type=c.number(float, 0, 0.99999), default=0.98, help="decay of the weight average")
-    p.add_argument("--n", type=c.number(int, 10), help="samples for the measures, before and after")
-    p.add_argument("--nfe", type=c.number(int, 2), help="network evaluations a sample")
-    args = p.parse_args(argv)
-    if not args.forget:
-        c.die("--forget is missing: name what to forget, e.g. python 03_unlearn.py --dataset mnist --forget 3")
-    recipe = dict(RECIPES[args.method])
-    if args.alpha is not None:
-        recipe["alpha_end"] = args.alpha
-    args = c.finish_args(args, full=dict(steps=300, lr=3e-4, n=2000, nfe=20, **recipe), quick=dict(steps=5, n=60, nfe=6))
-    start = time.time()
+    args, start = arguments(argv), time.time()
 
     # ---- data: D_g to keep and D_f to forget                                                            # <-- 03
-    data = c.load_dataset(args.dataset, args.data_dir)
-    test = c.load_dataset(args.dataset, args.data_dir, train=False)
+    data, test = (c.load_dataset(args.dataset, args.data_dir, part) for part in (True, False))
     is_f, forget = c.split_forget(data, args.forget)
-    images_g, images_f = data.images[~is_f], data.images[is_f]
-    test_g = test.images[~c.split_forget(test, args.forget)[0]]
+    images_g, images_f, test_g = data.images[~is_f], data.images[is_f], test.images[~c.split_forget(test, args.forget)[0]]
     names = ", ".join(f"class {i} '{data.classes[i]}'" for i in forget)
     print(f"forgetting {names}: {len(images_f):,} images; keeping {len(images_g):,}")
     if args.method == "obt-rel":
         print("obt-rel: ours, not the paper's; the paper's: --method ort | obt")
 
-    # ---- model: starts as a copy of the Standard model, which obt-rel also keeps as its reference       # <-- 03
+    # ---- model: a copy of the Standard model, which itself stays as obt-rel's reference                 # <-- 03
     path, make = c.find_base(args.out, args.dataset)
-    base = c.load_net(path, make, args.device)
-    judge = c.load_judge(args.out, args.dataset, args.device)
-    net = c.UNet(**base.arch).to(args.device)
-    net.load_state_dict(base.state_dict())
-    print(f"base: {path}; sde {args.sde}, method {args.method}, alpha {args.alpha:g} -> {args.alpha_end:g}, {args.steps} steps")
+    base, judge = c.load_net(path, make, args.device), c.load_judge(args.out, args.dataset, args.device)
+    net = copy.deepcopy(base)
+    print(f"base: {path}; sde {args.sde}, method {args.method}, alpha {args.alpha:g} to {args.alpha_end:g}, {args.steps} steps")
     sde = c.SDES[args.sde]()
-    optimizers = [torch.optim.Adam(net.parameters(), args.lr, betas=(0.9, 0.99), fused=True)]
-    ema = c.EMA(net, args.ema)
-
+    optimizers, ema = [torch.optim.Adam(net.parameters(), args.lr, betas=(0.9, 0.99), fused=True)], c.EMA(net, args.ema)
+    shape = images_g.shape[1:]
     folder = Path(args.out) / args.dataset / f"forget-{'-'.join(data.classes[i] for i in forget)}"
     folder = folder / (f"{args.method}-{args.sde}" + (f"-s{args.seed}" if args.seed else ""))
+
     with c.fresh_folder(folder) as out:
-
-        def draw(model, label):
-            x = c.sample_images(model, args.n, images_g.shape[1:], sde, args.seed, args.nfe, device=args.device, label=label)
-            return x, c.judge_images(judge, x)
-
-        x_before, before = draw(base, "samples before")
+        x_before, before = draw(base, "samples before", args, sde, judge, shape)
 
         # ---- loop
         shown, t0, skipped, rows = 0, time.time(), 0, []
-        log = open(out / "log.jsonl", "w")
         for step in range(args.steps):
             net.train()
             c.set_lr(optimizers, step, args.steps, warmup=20)
-            x_g, x_f = (
-                c.dequantize(x[torch.randint(len(x), (args.batch_size,))]).to(args.device) for x in (images_g, images_f)
-            )  # <-- 03
-            t_g = c.uniform_t(len(x_g), sde, args.device)
-            t_f = t_g if args.uniform_t else c.lognormal_t(len(x_f), sde, *args.log_sigma, device=args.device)
-            loss_g = c.dsm_loss(net, sde, x_g, t_g).mean()
-            if args.method == "ort":
-                loss_f = c.ort_loss(net, sde, x_f, t_f).mean()
-            elif args.method == "obt":
-                loss_f = c.obt_loss(net, sde, x_f, t_f).mean()
-            else:
-                loss_f = c.obt_rel_loss(net, base, sde, x_f, t_f).mean()
+            x_g, x_f = (c.dequantize(x[torch.randint(len(x), (args.batch_size,))]).to(args.device) for x in (images_g, images_f))  # <-- 03
+            t = c.uniform_t(len(x_g), sde, args.device)
+            loss_g = c.dsm_loss(net, sde, x_g, t, weight="std2").mean()
+            loss_f = forget_loss(args, net, base, sde, x_f).mean()                                        # <-- 03
             alpha = args.alpha + (args.alpha_end - args.alpha) * step / max(1, args.steps - 1)
-            loss = alpha * loss_g + (1 - alpha) * loss_f  # the paper's objective, eq. for L_total          # <-- 03
+            loss = alpha * loss_g + (1 - alpha) * loss_f  # the paper's objective                         # <-- 03
             skipped = c.guarded_step(loss, net, optimizers, skipped)
             ema.update(net)
             rows.append((loss_g.detach(), loss_f.detach(), alpha))
@@ -154,37 +190,20 @@ def main(argv=None):
             done = step + 1
             if done % 50 == 0 or done == args.steps:
                 g, f = (torch.stack([r[i] for r in rows[shown:]]).mean().item() for i in (0, 1))
-                rate = (done - shown) / (time.time() - t0)
-                print(f"step {done}/{args.steps}  L_g {g:.4f}  L_f {f:.4f}  ETA {(args.steps - done) / rate:.0f} s", flush=True)
+                eta = (args.steps - done) * (time.time() - t0) / (done - shown)
+                print(f"step {done}/{args.steps}  L_g {g:.4f}  L_f {f:.4f}  ETA {eta:.0f} s", flush=True)
                 shown, t0 = done, time.time()
-        for i, (g, f, a) in enumerate(rows):
-            log.write(json.dumps(dict(step=i, loss_g=g.item(), loss_f=f.item(), alpha=a)) + "\n")
-        log.close()
+        rows = [dict(step=i + 1, loss_g=g.item(), loss_f=f.item(), alpha=a) for i, (g, f, a) in enumerate(rows)]
+        (out / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
         c.save_checkpoint(out / "model.pt", arch=net.arch, ema=ema.net.state_dict(), step=args.steps, args=vars(args))
 
         # ---- outputs
-        x_after, after = draw(ema.net, "samples after")
-        real_g = c.judge_images(judge, images_g).features
-        real_test = c.judge_images(judge, test_g[torch.randperm(len(test_g), generator=c.rng(args.seed))[: args.n]])
-        b, a, floor = (c.measure(v, forget, real_g, len(data.classes), w) for v, w in ((before, None), (after, before), (real_test, None)))
-        result = dict(
-            method=args.method, sde=args.sde, forget=[data.classes[i] for i in forget], alpha=[args.alpha, args.alpha_end],
-            steps=args.steps, n=args.n, sampler="sde-dpm++2m", nfe=args.nfe,
-            ur_before=b["ur"], ur_after=a["ur"], ur_interval=a["ur_interval"], ur_floor=floor["ur"],
-            fd_before=b["fd"], fd_after=a["fd"], fd_floor=floor["fd"],
-            low_confidence_before=b["low_confidence"], low_confidence_after=a["low_confidence"],
-            class_min_ratio=a["class_min_ratio"], class_counts=dict(before=b["class_counts"], after=a["class_counts"]),
-            seconds=time.time() - start, args=vars(args),
-        )
+        x_after, after = draw(ema.net, "samples after", args, sde, judge, shape)
+        result = report(args, before, after, judge, images_g, test_g, forget, data.classes, time.time() - start)
         (out / "result.json").write_text(json.dumps(result, indent=1))
         before_after(out / "before_after.png", x_before[:64], x_after[:64], before, after, data.classes, forget)
         plot_curves(out / "curves.png", rows, f"{args.method}, forget {' '.join(args.forget)}, {args.sde}")
-    print(f"{'':24}before   after   floor (real images)")
-    for name, key in (("unlearning ratio, %", "ur"), ("Frechet distance", "fd"), ("judge unsure, %", "low_confidence")):
-        print(f"{name:24}{b[key]:6.2f}  {a[key]:6.2f}  {floor[key]:6.2f}")
-    print(f"UR after in [{a['ur_interval'][0]:.2f}, {a['ur_interval'][1]:.2f}] % (95 %, n = {args.n});  class_min_ratio {a['class_min_ratio']:.2f}")
-    print(f"class counts before {b['class_counts']}\n             after  {a['class_counts']}")
-    print(f"{result['seconds']:.0f} s; wrote {folder}/; next: python 04_evaluate.py --dataset {args.dataset} --forget {' '.join(args.forget)}")
+    print(f"{time.time() - start:.0f} s; wrote {folder}/; next: look at {folder / 'before_after.png'}")
 
 
 if __name__ == "__main__":

@@ -317,6 +317,7 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out.weight), nn.init.zeros_(self.out.bias)
 
     def forward(self, x):
+        """(B, C, H, W) -> same."""
         b, c, h, w = x.shape
         # (B, 3C, H, W) -> three of (B, heads, HW, 32)
         q, k, v = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, h * w).transpose(-1, -2).unbind(1)
@@ -349,6 +350,7 @@ class UNet(nn.Module):
         nn.init.zeros_(self.head[-1].weight), nn.init.zeros_(self.head[-1].bias)  # F = 0: x0_hat is a shrunken input
 
     def forward(self, y, phi):
+        """Noised image y (B, C, H, W), angle phi (B,) -> F like y."""
         angle = torch.log(torch.tan(phi))[:, None] * self.freq
         emb = self.embed(torch.cat([angle.sin(), angle.cos()], 1))
         h, skips = self.stem(F.pixel_unshuffle(y, self.patch)), []
@@ -535,6 +537,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        """One update of every weight from its .grad."""
         for group in self.param_groups:
             for w in group["params"]:
                 m = self.state[w].setdefault("momentum", torch.zeros_like(w))
@@ -663,6 +666,9 @@ def dpmpp_sample(net, noise, sigmas, eta=0.0, generator=None):
         if eta:
             x = x + sigmas[i + 1] * torch.sqrt(-torch.expm1(-2 * eta * h)) * randn(x.shape, generator, x.device)
         d_old, h_old = d, h
+
+
+SAMPLER = "sde-dpm++2m"  # the name results carry
 
 
 def sample_images(net, n, shape, sde, seed, nfe=20, eta=1.0, sigma_max=80.0, batch=250, device="cpu", label="sampling"):

@@ -62,5 +62,5 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     if not config.getoption("--slow"):
         slow = [i for i in items if "slow" in i.keywords]
-        config.hook.pytest_deselected(slow)
+        config.hook.pytest_deselected(items=slow)
         items[:] = [i for i in items if i not in slow]

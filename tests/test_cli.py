@@ -71,7 +71,7 @@ def test_each_script_as_a_process(number, tmp_path):
     extra = {"01": [], "03": ["--forget", "3"]}.get(number, ["--steps", "2"])
     run = subprocess.run([sys.executable, SCRIPTS[number], "--quick", "--out", tmp_path, *extra], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0 and not run.stderr, run.stderr
-    assert "next: python 0" in run.stdout
+    assert "next: " in run.stdout
 
 
 BAD = {

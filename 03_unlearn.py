@@ -3,6 +3,8 @@
     python 03_unlearn.py --dataset mnist --forget 3                     # 3 minutes on 2 CPU cores, nothing to download
     python 03_unlearn.py --dataset mnist --forget 3 7 --sde ve          # two classes; another noise process, same checkpoint
     python 03_unlearn.py --dataset mnist --forget 3 --method ort        # the paper's methods: ort, obt
+    python 03_unlearn.py --dataset mnist --forget 3 --method siss       # rivals: unseen, erasediff, ascent, siss
+    python 03_unlearn.py --dataset mnist --forget 3 --method obt --from-scratch       # both losses from the first step on
 
 Question: how do you take away one class from a model that has no notion of classes?
 Answer:   minimise  alpha L_g + (1 - alpha) L_f.  L_g is score matching on the data D_g to keep; L_f turns the score on the data
@@ -10,7 +12,7 @@ Answer:   minimise  alpha L_g + (1 - alpha) L_f.  L_g is score matching on the d
 
 Changes from 02: two data sets instead of one, two losses instead of one, and it starts from a trained model (marked "<-- 03").
 
-Writes out/<dataset>/forget-<names>/<method>-<sde>/: model.pt, result.json, log.jsonl, curves.png, before_after.png.
+Writes out/<dataset>/forget-<names>/<method>-<sde>[-scratch][-s<seed>]/: model.pt, result.json, log.jsonl, curves.png, before_after.png.
 Expect with --forget 3: see README.
 
 Predict, then run:
@@ -29,12 +31,16 @@ import torch
 
 import common as c
 
-# Where to start with each method on the MNIST base; README says what obt-rel's gives.  Each entry is a flag.
+# Where to start with each method on the MNIST base; README says what each gives.  Every entry is a flag.
 RECIPES = {
     # Push hard, then let go: near alpha = 1 the optimum is Unseen's score, which a small step size now has the time to settle on.
-    "obt-rel": dict(alpha=0.5, alpha_end=0.95, log_sigma=(0.0, 0.7), lr=1e-3),
-    "obt": dict(alpha=0.9, alpha_end=0.98, log_sigma=(0.0, 0.7), lr=1e-3),
-    "ort": dict(alpha=0.9, alpha_end=0.9, log_sigma=(0.0, 0.7), lr=3e-4),
+    "obt-rel": dict(alpha=0.5, alpha_end=0.95, lr=1e-3),
+    "obt": dict(alpha=0.9, alpha_end=0.98, lr=1e-3),
+    "ort": dict(alpha=0.9, lr=3e-4),
+    "unseen": dict(alpha=1.0, lr=3e-4),  # L_g alone: what forgetting does by itself
+    "ascent": dict(alpha=0.9, lr=3e-4),
+    "erasediff": dict(eta=1e-3, lr=3e-4),  # these two weigh gradients, not losses, so alpha has no part in them
+    "siss": dict(c=0.1, lr=3e-4, uniform_t=True),  # D_g and D_f share x_t, hence the noise level: no level may be left out
 }
 
 # ---- arguments ---------------------------------------------------------------------------------------
@@ -45,34 +51,67 @@ def arguments(argv):
     p.add_argument("--forget", nargs="+", metavar="CLASS", help="names of the classes to forget, e.g. 3 7 (no default)")      # <-- 03
     p.add_argument("--method", choices=list(RECIPES), default="obt-rel")
     p.add_argument("--sde", choices=list(c.SDES), default="vp")
+    p.add_argument("--from-scratch", action="store_true", help="start from random weights, not from the Standard model")          # <-- 03
     p.add_argument("--alpha", type=c.number(float, 0, 1), help="weight of L_g; L_f has 1 - alpha")
     p.add_argument("--alpha-end", type=c.number(float, 0, 1), help="alpha moves there in a straight line (default: the recipe's, or --alpha)")
+    p.add_argument("--eta", type=c.number(float, 0), help="erasediff: least weight of the forget gradient")
+    p.add_argument("--c", type=c.number(float, 0), help="siss: length of the forget gradient (the paper's 5 is for losses summed over pixels)")
+    p.add_argument("--ort", choices=("elementwise", "inner"), help="the two readings of Ort, see common.ort_loss (default: elementwise)")
     p.add_argument("--log-sigma", type=float, nargs=2, help="noise of D_f: mean and std of ln sigma")
-    p.add_argument("--uniform-t", action="store_true", help="noise of D_f: the paper's t ~ U(0, 1) instead")
-    p.add_argument("--ema", type=c.number(float, 0, 0.99999), default=0.98, help="decay of the weight average")
+    p.add_argument("--uniform-t", action="store_true", default=None, help="noise of D_f: the paper's t ~ U(0, 1) instead")
+    p.add_argument("--ema", type=c.number(float, 0, 0.99999), help="decay of the weight average")
     p.add_argument("--n", type=c.number(int, 10), help="samples for the measures, before and after")
     p.add_argument("--nfe", type=c.number(int, 2), help="network evaluations a sample")
     args = p.parse_args(argv)
     if not args.forget:
         c.die("--forget is missing: name what to forget, e.g. python 03_unlearn.py --dataset mnist --forget 3")
-    recipe = dict(RECIPES[args.method])
-    if args.alpha is not None:
-        recipe["alpha_end"] = args.alpha
-    return c.finish_args(args, full=dict(steps=300, batch_size=128, n=2000, nfe=20, **recipe), quick=dict(steps=5, batch_size=16, n=60, nfe=6))
+    if args.from_scratch and args.method == "obt-rel":
+        c.die("--method obt-rel compares with a Standard model by construction: leave out --from-scratch, or take --method ort | obt")
+    for flag, methods in dict(alpha=("ort", "obt", "obt-rel", "ascent"), eta=("erasediff",), c=("siss",), ort=("ort",)).items():
+        if getattr(args, flag) is not None and args.method not in methods:
+            c.die(f"--{flag} has no part in --method {args.method}; it belongs to --method {' | '.join(methods)}")
+    recipe = dict(log_sigma=(0.0, 0.7), uniform_t=False, alpha=None, eta=None, c=None) | RECIPES[args.method]
+    if args.from_scratch:
+        recipe |= dict(steps=3000, batch_size=64, lr=8e-3, ema=0.999)
+    if args.alpha is not None or "alpha_end" not in recipe:
+        recipe["alpha_end"] = recipe["alpha"] if args.alpha is None else args.alpha
+    nfe = 50 if args.sde == "ddpm" else 20  # ancestral sampling keeps all the noise it adds: it needs more steps
+    full = dict(steps=300, batch_size=128, n=2000, nfe=nfe, ema=0.98) | recipe
+    return c.finish_args(args, full=full, quick=dict(steps=5, batch_size=16, n=60, nfe=6))
 
 
-# ---- the forget loss ---------------------------------------------------------------------------------
+# ---- the losses --------------------------------------------------------------------------------------
+
+
+def forget_times(args, sde, n):                                                                           # <-- 03
+    """Noise levels for n images of D_f -> (n,)."""
+    # Where to push: a class is decided near sigma = 1.  Higher, all images look alike; lower, only the strokes' edges are open.
+    return c.uniform_t(n, sde, args.device) if args.uniform_t else c.lognormal_t(n, sde, *args.log_sigma, device=args.device)
 
 
 def forget_loss(args, net, base, sde, x_f):                                                               # <-- 03
     """L_f of the chosen method on a batch of D_f -> (B,)."""
-    # Where to push: a class is decided near sigma = 1.  Higher, all images look alike; lower, only the strokes' edges are open.
-    t = c.uniform_t(len(x_f), sde, args.device) if args.uniform_t else c.lognormal_t(len(x_f), sde, *args.log_sigma, device=args.device)
+    t = forget_times(args, sde, len(x_f))
     if args.method == "ort":
-        return c.ort_loss(net, sde, x_f, t)
-    if args.method == "obt":
-        return c.obt_loss(net, sde, x_f, t)
-    return c.obt_rel_loss(net, base, sde, x_f, t)
+        return c.ort_loss(net, sde, x_f, t, inner=args.ort == "inner")
+    if args.method == "obt-rel":
+        return c.obt_rel_loss(net, base, sde, x_f, t)
+    return {"obt": c.obt_loss, "ascent": c.ascent_loss, "erasediff": c.erasediff_loss}[args.method](net, sde, x_f, t)
+
+
+def objective(args, alpha, net, base, sde, x_g, x_f):                                                     # <-- 03
+    """-> the loss to step on, L_g, L_f."""
+    if args.method == "siss":
+        loss_g, loss_f = (loss.mean() for loss in c.siss_losses(net, sde, x_g, x_f, forget_times(args, sde, len(x_f))))
+    else:
+        t = c.lognormal_t(len(x_g), sde, -1.0, 1.4, 0.1, args.device) if args.from_scratch else c.uniform_t(len(x_g), sde, args.device)
+        loss_g = c.dsm_loss(net, sde, x_g, t, weight="v" if args.from_scratch else "std2").mean()
+        loss_f = forget_loss(args, net, base, sde, x_f).mean() if args.method != "unseen" else torch.zeros_like(loss_g)
+    if args.method in ("erasediff", "siss"):
+        g, f = c.flat_grad(loss_g, net), c.flat_grad(loss_f, net)
+        weight = c.erasediff_weight(g, f, args.eta) if args.method == "erasediff" else -args.c / f.norm()
+        return c.linear_loss(net, g + weight * f), loss_g, loss_f
+    return alpha * loss_g + (1 - alpha) * loss_f, loss_g, loss_f  # the paper's objective
 
 
 # ---- measures and pictures ---------------------------------------------------------------------------
@@ -97,7 +136,7 @@ def report(args, before, after, judge, images_g, test_g, forget, classes, second
     print(f"class counts before {b['class_counts']}\n             after  {a['class_counts']}")
     return dict(
         method=args.method, sde=args.sde, forget=[classes[i] for i in forget], alpha=[args.alpha, args.alpha_end],
-        steps=args.steps, n=args.n, sampler=c.SAMPLER, nfe=args.nfe,
+        steps=args.steps, n=args.n, sampler="ancestral" if args.sde == "ddpm" else c.SAMPLER, nfe=args.nfe,
         ur_before=b["ur"], ur_after=a["ur"], ur_interval=a["ur_interval"], ur_floor=floor["ur"],
         fd_before=b["fd"], fd_after=a["fd"], fd_floor=floor["fd"],
         low_confidence_before=b["low_confidence"], low_confidence_after=a["low_confidence"], low_confidence_floor=floor["low_confidence"],
@@ -162,13 +201,17 @@ def main(argv=None):
     # ---- model: a copy of the Standard model, which itself stays as obt-rel's reference                 # <-- 03
     path, make = c.find_base(args.out, args.dataset)
     base, judge = c.load_net(path, make, args.device), c.load_judge(args.out, args.dataset, args.device)
-    net = copy.deepcopy(base)
-    print(f"base: {path}; sde {args.sde}, method {args.method}, alpha {args.alpha:g} to {args.alpha_end:g}, {args.steps} steps")
+    fresh = base.arch | (dict(width=32) if args.quick else {})
+    net = c.UNet(**fresh).to(args.device) if args.from_scratch else copy.deepcopy(base)
+    weights = "  ".join(f"{k} {v}" for k, v in vars(args).items() if k in ("alpha", "alpha_end", "eta", "c", "lr", "steps") and v is not None)
+    print(f"base: {path}; sde {args.sde}, method {args.method}{', from scratch' * args.from_scratch}; {weights}")
     sde = c.SDES[args.sde]()
-    optimizers, ema = [torch.optim.Adam(net.parameters(), args.lr, betas=(0.9, 0.99), fused=True)], c.EMA(net, args.ema)
+    adam = [torch.optim.Adam(net.parameters(), args.lr, betas=(0.9, 0.99), fused=True)]
+    optimizers, ema = c.muon_and_adam(net, args.lr) if args.from_scratch else adam, c.EMA(net, args.ema)
     shape = images_g.shape[1:]
     folder = Path(args.out) / args.dataset / f"forget-{'-'.join(data.classes[i] for i in forget)}"
-    folder = folder / (f"{args.method}-{args.sde}" + (f"-s{args.seed}" if args.seed else ""))
+    name = "ort-inner" if args.ort == "inner" else args.method
+    folder = folder / (f"{name}-{args.sde}" + "-scratch" * args.from_scratch + (f"-s{args.seed}" if args.seed else ""))
 
     with c.fresh_folder(folder) as out:
         x_before, before = draw(base, "samples before", args, sde, judge, shape)
@@ -179,11 +222,8 @@ def main(argv=None):
             net.train()
             c.set_lr(optimizers, step, args.steps, warmup=20)
             x_g, x_f = (c.dequantize(x[torch.randint(len(x), (args.batch_size,))]).to(args.device) for x in (images_g, images_f))  # <-- 03
-            t = c.uniform_t(len(x_g), sde, args.device)
-            loss_g = c.dsm_loss(net, sde, x_g, t, weight="std2").mean()
-            loss_f = forget_loss(args, net, base, sde, x_f).mean()                                        # <-- 03
-            alpha = args.alpha + (args.alpha_end - args.alpha) * step / max(1, args.steps - 1)
-            loss = alpha * loss_g + (1 - alpha) * loss_f  # the paper's objective                         # <-- 03
+            alpha = 1.0 if args.alpha is None else args.alpha + (args.alpha_end - args.alpha) * step / max(1, args.steps - 1)
+            loss, loss_g, loss_f = objective(args, alpha, net, base, sde, x_g, x_f)                      # <-- 03
             skipped = c.guarded_step(loss, net, optimizers, skipped)
             ema.update(net)
             rows.append((loss_g.detach(), loss_f.detach(), alpha))

@@ -7,17 +7,17 @@ command line, so each can be lifted into another project together with the few n
 Contents
     1  Small helpers          die, bcast, flat_mean, rng
     2  Data                   load_dataset, dequantize, split_forget
-    3  SDEs                   VE, VP, SubVP                      x_t = s(t) x0 + std(t) z
+    3  SDEs                   VE, VP, SubVP, DDPM                x_t = s(t) x0 + std(t) z
     4  The circle             predict, score_fn                  one network for every SDE
     5  Networks               UNet; ExactNet, GaussianMixture (formulae, no training)
     6  Noise levels           uniform_t, lognormal_t
-    7  Losses                 dsm_loss, ort_loss, obt_loss, obt_rel_loss
-    8  Training helpers       EMA, Muon, set_lr, guarded_step
+    7  Losses                 dsm_loss; ort, obt, obt_rel; ascent, erasediff, siss
+    8  Training helpers       EMA, Muon, flat_grad, set_lr, guarded_step
     9  Samplers               pc_sample, heun_solve, ode_sample, dpmpp_sample, sample_images
    10  Likelihood             ode_log_likelihood, bits_per_dim
-   11  Judge and measures     Judge, train_judge, frechet_distance, measure
+   11  Judge and measures     Judge, judge_images, frechet_distance, measure
    12  Checkpoints, folders   save_checkpoint, load_checkpoint, find_base, fresh_folder
-   13  Pictures               tile, image_grid, loss_by_noise
+   13  Pictures               tile, loss_by_noise
    14  Command line           parser, finish_args
 
 Shapes: B images a batch, D numbers an image (C*H*W, or 2 for the toy).  x0, x_t, z, y have one shape, (B, ...);
@@ -169,6 +169,10 @@ class SDE:
         """
         return self.time_of(torch.tensor([sigma], dtype=torch.float64)).clamp(0, 1).item()
 
+    def draw(self, u):
+        """u ~ U(0, 1) -> t ~ U(t_min, 1), t_min where sigma = 0.001 or as low as the SDE goes: the paper's training times."""
+        return 1 - (1 - self.t_min(0.001)) * (1 - u)
+
     def drift(self, x, t):
         """f(x, t) = (d ln s / dt) x."""
         return bcast(self.dlog_s(t), x) * x
@@ -250,7 +254,36 @@ class SubVP(VP):
         return self.time_of_B(2 * torch.asinh(sigma / 2))
 
 
-SDES = {"ve": VE, "vp": VP, "subvp": SubVP}
+class DDPM(SDE):
+    """The discrete chain of Ho et al. 2020: t = k/1000, k = 1..1000, x_k = sqrt(1 - beta_k) x_{k-1} + sqrt(beta_k) n.
+
+    beta_k runs from 1e-4 to 0.02 in a line; s = prod_i sqrt(1 - beta_i), s^2 + std^2 = 1.  VP is its limit of infinitely many
+    steps.  Any t is read as the nearest k.  It has no drift and diffusion: sample it with pc_sample's "ancestral".
+    """
+
+    def __init__(self, steps=1000, beta_min=1e-4, beta_max=0.02):
+        beta = torch.linspace(beta_min, beta_max, steps, dtype=torch.float64)
+        self.log_s, self.steps = F.pad(0.5 * torch.log1p(-beta).cumsum(0), (1, 0)), steps  # (steps + 1,), k = 0 is the data
+
+    def _log_s(self, t):
+        return self.log_s.to(t.device)[(t * self.steps).round().long()].to(t.dtype)
+
+    def s(self, t):
+        return torch.exp(self._log_s(t))
+
+    def std(self, t):
+        return torch.sqrt(-torch.expm1(2 * self._log_s(t)))
+
+    def draw(self, u):
+        return torch.ceil(u * self.steps) / self.steps  # each of the 1000 levels alike
+
+    def time_of(self, sigma):
+        log_s = -0.5 * torch.log1p(sigma.double() ** 2)
+        k = (self.log_s.to(sigma.device) - log_s[..., None]).abs().argmin(-1).clamp(min=1)
+        return (k / self.steps).to(sigma.dtype)
+
+
+SDES = {"ve": VE, "vp": VP, "subvp": SubVP, "ddpm": DDPM}
 # The base model is trained on this wider VE clock: it covers every SDE above (VP ends at sigma = 152) and the likelihood floor.
 WIDE = VE(0.001, 160.0)
 
@@ -428,9 +461,8 @@ def _stratified(n, device):
 
 
 def uniform_t(n, sde, device="cpu"):
-    """t ~ U(t_min, 1) (n,): the paper's choice.  t_min is where sigma = 0.001, or as low as the SDE goes."""
-    lo = sde.t_min(0.001)
-    return lo + (1 - lo) * _stratified(n, device)
+    """t (n,), uniform over the SDE's times (SDE.draw): the paper's choice."""
+    return sde.draw(_stratified(n, device))
 
 
 def lognormal_t(n, sde, mean, std, uniform=0.0, device="cpu"):
@@ -505,6 +537,50 @@ def obt_rel_loss(net, base, sde, x0, t):
     return flat_mean(z_hat * (z - z_base))
 
 
+def ascent_loss(net, sde, x0, t, cap=2.0):
+    """L_f of gradient ascent: minus the score matching loss on D_f, capped for each image (NegGrad of the unlearning literature).
+
+    alpha L_g + (1-alpha) L_f is then L_g - w DSM(D_f) with w = (1-alpha)/alpha, to scale.  Its optimum is the score of
+    (p_g - w p_f)/(1 - w) while that is a density and does not exist beyond: hence the cap, at twice the loss of z_hat = 0.
+    """
+    return -dsm_loss(net, sde, x0, t).clamp(max=cap)
+
+
+def erasediff_loss(net, sde, x0, t):
+    """L_f of EraseDiff (Wu et al., CVPR 2025): |z_hat - u|^2, u ~ U(0, 1) afresh: on D_f the network shall answer nonsense.
+
+    Four versions are in circulation; this is the unconditional one (Gaussian noise in x_t, another u as target).
+    """
+    _, _, z_hat = noised(net, sde, x0, t)
+    return flat_mean((z_hat - torch.rand_like(x0)) ** 2)
+
+
+def erasediff_weight(grad_g, grad_f, eta):
+    """EraseDiff's lambda = max(eta - <g_g, g_f>/|g_f|^2, 0); the step is g_g + lambda g_f.  Flat gradients (P,) -> number.
+
+    The first-order solution (BOME) of "least L_g among the minima of L_f": where keeping already forgets, lambda is 0; where they
+    conflict, g_f gets at least eta |g_f|^2.  The released code divides by the norms instead (a cosine), or fixes lambda at 0.1.
+    """
+    return (eta - grad_g @ grad_f / grad_f.square().sum()).clamp(min=0)
+
+
+def siss_losses(net, sde, x_g, x_f, t, mix=0.5):
+    """SISS (Alberti et al., ICLR 2025): the score matching losses of D_g and of D_f at the same x_t -> two of (B,).
+
+    x_t comes from x_f with probability `mix` (their lambda), else from x_g; the weights q(x_t|x_g)/q_mix <= 1/(1-mix) and
+    q(x_t|x_f)/q_mix <= 1/mix leave both losses unbiased, at the cost of one evaluation.  The step is g_g - (c/|g_f|) g_f: a forget
+    gradient of fixed length c.  As in the released code x_g is drawn from D_g; two of its scripts draw only t = 999, ours all t.
+    """
+    sigma = bcast(sde.sigma(t), x_g)
+    from_f = bcast(torch.rand(len(t), device=t.device) < mix, x_g)
+    x_hat = torch.where(from_f, x_f, x_g) + sigma * torch.randn_like(x_g)
+    z_hat = predict(net, x_hat, sde.sigma(t))[1]
+    z_g, z_f = (x_hat - x_g) / sigma, (x_hat - x_f) / sigma  # the noise that would have led here from either
+    log_ratio = 0.5 * (z_g**2 - z_f**2).flatten(1).sum(1)  # ln q(x_t|x_f) - ln q(x_t|x_g)
+    share = torch.sigmoid(log_ratio + math.log(mix / (1 - mix)))  # posterior of "it came from x_f": no overflow
+    return (1 - share) / (1 - mix) * flat_mean((z_hat - z_g) ** 2), share / mix * flat_mean((z_hat - z_f) ** 2)
+
+
 # ======================================================================================================
 # 8  Training helpers
 # ======================================================================================================
@@ -558,6 +634,16 @@ def muon_and_adam(net, lr, lr_muon=0.02):
     ids = {id(w) for w in inside}
     rest = [w for w in net.parameters() if id(w) not in ids]
     return [Muon(inside, lr_muon), torch.optim.Adam(rest, lr, betas=(0.9, 0.99), fused=True)]
+
+
+def flat_grad(loss, net):
+    """Gradient of a loss by all weights of net, as one vector (P,), for methods that weigh gradients and not losses."""
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(net.parameters()), retain_graph=True)])
+
+
+def linear_loss(net, grad):
+    """The loss w . grad, whose gradient is `grad` (P,): hands a gradient made by hand to guarded_step."""
+    return torch.cat([w.flatten() for w in net.parameters()]) @ grad
 
 
 def set_lr(optimizers, step, steps, warmup):
@@ -672,7 +758,7 @@ SAMPLER = "sde-dpm++2m"  # the name results carry
 
 
 def sample_images(net, n, shape, sde, seed, nfe=20, eta=1.0, sigma_max=80.0, batch=250, device="cpu", label="sampling"):
-    """n bytes images (n, *shape), shape (C, H, W), with dpmpp_sample; prints progress.
+    """n bytes images (n, *shape), shape (C, H, W), with dpmpp_sample, DDPM by ancestral sampling; prints progress.
 
     Chunk k draws from its own generators, seeded by (seed, k): the same seed gives each network the same starting noise and
     the same noise on the way, so a before/after pair differs by the networks alone.
@@ -680,7 +766,10 @@ def sample_images(net, n, shape, sde, seed, nfe=20, eta=1.0, sigma_max=80.0, bat
     sigmas, out, t0 = karras_sigmas(nfe, min(sigma_max, sde.sigma_max())), [], time.time()
     for k in range(-(-n // batch)):
         noise = randn((batch, *shape), rng(seed, k), device)  # always a whole chunk: image i does not depend on n
-        x = dpmpp_sample(net, noise, sigmas, eta, rng(seed, k, 1))
+        if isinstance(sde, DDPM):
+            x = pc_sample(net, sde, noise, nfe - 1, "ancestral", corrector=False, generator=rng(seed, k, 1))
+        else:
+            x = dpmpp_sample(net, noise, sigmas, eta, rng(seed, k, 1))
         if not torch.isfinite(x).all():
             die("sampling gave numbers that are not finite: the model has diverged (more --alpha, or a lower --lr)")
         out.append(to_bytes(x.cpu()))
@@ -778,29 +867,6 @@ class Judge(nn.Module):
     def forward(self, images):
         features = self.body((images.float() + 0.5) / 128 - 1).mean((2, 3))
         return self.head(features), features
-
-
-def train_judge(data, epochs=8, batch=128, lr=4e-3, seed=0, device="cpu"):
-    """Train a Judge on a Dataset, with small random shifts, turns and scalings -> Judge in eval mode."""
-    torch.manual_seed(seed)
-    judge = Judge(data.images.shape[1], len(data.classes)).to(device)
-    optimizers = [torch.optim.AdamW(judge.parameters(), lr=lr, weight_decay=0.02, fused=True)]
-    steps = epochs * (len(data.images) // batch)
-    for step in range(steps):
-        set_lr(optimizers, step, steps, 100)
-        i = torch.randint(len(data.images), (batch,))
-        x, target = data.images[i].to(device).float(), data.labels[i].to(device)
-        # Up to 10 degrees, 10 % of size, 2 pixels: (B, 2, 3) affine maps.
-        turn, size = (torch.rand(2, batch, device=device) * 2 - 1) * torch.tensor([[0.17], [0.1]], device=device)
-        row = torch.stack([torch.cos(turn), -torch.sin(turn), torch.sin(turn), torch.cos(turn)], 1).reshape(batch, 2, 2)
-        shift = (torch.rand(batch, 2, 1, device=device) * 2 - 1) * 4 / x.shape[-1]
-        theta = torch.cat([row * (1 + size)[:, None, None], shift], 2)
-        x = F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), padding_mode="border", align_corners=False)
-        loss = F.cross_entropy(judge(x)[0], target)
-        guarded_step(loss, judge, optimizers, 0, clip=5.0)
-        if step % 200 == 0 or step == steps - 1:
-            print(f"judge step {step}/{steps}  loss {loss.item():.3f}", flush=True)
-    return judge.eval()
 
 
 Verdict = namedtuple("Verdict", "labels confidence features")  # (n,) int64, (n,) in [0,1], (n, 96) float64
@@ -966,21 +1032,6 @@ def tile(images, columns):
     canvas[:n] = images
     canvas = canvas.reshape(rows, columns, c, h, w).permute(0, 3, 1, 4, 2).reshape(rows * h, columns * w, c)
     return canvas.squeeze(-1).numpy()
-
-
-def image_grid(path, images, columns=10, title=None, real=None):
-    """Save bytes (N, C, H, W) as a grid; `real` adds a row of real images below a gap, to compare with."""
-    plt = pyplot()
-    pixels = tile(images, columns)
-    if real is not None:
-        gap = np.full((4, *pixels.shape[1:]), 255, np.uint8)
-        pixels = np.concatenate([pixels, gap, tile(real[:columns], columns)])
-    fig, ax = plt.subplots(figsize=(6, 6 * pixels.shape[0] / pixels.shape[1] + (0.3 if title else 0)))
-    ax.imshow(pixels, cmap="gray", vmin=0, vmax=255), ax.axis("off")
-    if title:
-        ax.set_title(title, fontsize=9)
-    fig.savefig(path, dpi=110, bbox_inches="tight", pad_inches=0.05)
-    plt.close(fig)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ class Linear(nn.Module):
         return self.layer(y)
 
 
-@pytest.mark.parametrize("sde", [c.VE(), c.VP(), c.SubVP()], ids=["ve", "vp", "subvp"])
+@pytest.mark.parametrize("sde", [c.VE(), c.VP(), c.SubVP(), c.DDPM()], ids=["ve", "vp", "subvp", "ddpm"])
 @pytest.mark.parametrize("weight", ["v", "std2"])
 def test_score_matching_recovers_the_gaussian_score(sde, weight, gaussian):
     """Least squares on dsm_loss with fixed noise ends at the exact score, up to Monte Carlo error."""
@@ -90,6 +90,74 @@ def test_exact_optima_are_stationary_points_of_the_losses(method, alpha, sigma, 
     assert max(away) > 10
 
 
+@pytest.mark.parametrize("method, sigma", [("ascent", 0.8), ("erasediff", 0.8), ("erasediff", 2.0)])
+def test_rivals_have_the_optimum_their_papers_state(method, sigma, toy):
+    """Ascent: the score of (p_g - w p_f)/(1 - w).  EraseDiff with a fixed weight: z_g pulled to E[u] = 1/2 where D_f is likely."""
+    world = toy["Toy"]([[-2, -2], [0, 0], [2, 2]], [0.8, 0.4, 0.8], [1])
+    w = 0.018 if method == "ascent" else 0.2
+
+    def erased(x, sigma):
+        r = w * (world.f.log_prob(x, sigma) - world.g.log_prob(x, sigma)).exp()[:, None]
+        return (world.g.z_hat(x, sigma) + 0.5 * r) / (1 + r)
+
+    field = toy["optimum"](world, "ascent", w) if method == "ascent" else c.ExactNet(erased, world.sd)
+    loss_f = (lambda *a: c.ascent_loss(*a, cap=math.inf)) if method == "ascent" else c.erasediff_loss
+    # A push along x, where ascent's small weight still shows: it moves z_hat away from D_f's mean.
+    push = lambda x: x * torch.exp(-0.5 * x.square().sum(1, keepdim=True))
+    value, error = slope((c.dsm_loss, loss_f), field, world, sigma, 1 / (1 + w), push)
+    assert abs(value) < 4.5 * error
+    push = (lambda x: torch.ones_like(x)) if method == "erasediff" else push
+    value, error = slope((c.dsm_loss, loss_f), world.g, world, sigma, 1 / (1 + w), push)
+    assert abs(value) > 4.5 * error
+
+
+def test_ascent_stops_at_its_cap():
+    """An image whose score matching loss is above 2 pushes no more."""
+    torch.manual_seed(0)
+    k = torch.tensor(5.0, requires_grad=True)
+    net = c.ExactNet(lambda x, sigma: k * x / sigma[:, None])
+    loss = c.ascent_loss(net, c.VE(), torch.zeros(8, 50), torch.full((8,), 0.9))
+    assert torch.equal(loss, torch.full((8,), -2.0)) and torch.autograd.grad(loss.sum(), k)[0] == 0
+
+
+@pytest.mark.parametrize("g, f, eta, want", [
+    ((1.0, 0.0), (0.0, 2.0), 0.1, 0.1),  # orthogonal: only eta
+    ((1.0, 0.0), (-2.0, 0.0), 0.1, 0.6),  # opposed: -<g,f>/|f|^2 = 2/4 more
+    ((1.0, 1.0), (3.0, 0.0), 0.1, 0.0),  # keeping already forgets: 0.1 - 3/9 < 0
+])
+def test_erasediff_weight(g, f, eta, want):
+    g, f = torch.tensor(g), torch.tensor(f)
+    weight = c.erasediff_weight(g, f, eta)
+    assert weight == pytest.approx(want, abs=1e-6)
+    # What lambda is for: the step g + lambda f has at least eta |f|^2 of f in it.
+    assert (g + weight * f) @ f >= eta * f @ f - 1e-6
+
+
+@pytest.mark.parametrize("sde", [c.VE(), c.DDPM()], ids=["ve", "ddpm"])
+@pytest.mark.parametrize("sigma", [0.5, 1.5, 10.0])
+def test_siss_is_an_unbiased_estimate_of_both_losses(sigma, sde, toy):
+    """One evaluation at importance-weighted x_t against the two losses, each from its own x_t."""
+    world, n = toy["Toy"]([[-1, -1], [0, 0], [2, 2]], [0.8, 0.4, 0.8], [1]), 200000
+    net = c.ExactNet(lambda x, s: 0.7 * x / (1 + s[:, None]) + 0.2, world.sd)
+    t = sde.time_of(torch.full((n,), sigma, dtype=torch.float64))
+    x_g, x_f = world.g.sample(n, c.rng(0)), world.f.sample(n, c.rng(1))
+    torch.manual_seed(2)
+    for got, x0 in zip(c.siss_losses(net, sde, x_g, x_f, t), (x_g, x_f)):
+        want = c.dsm_loss(net, sde, x0, t)
+        assert (got.mean() - want.mean()).abs() < 4.5 * math.sqrt((got.var() + want.var()) / n)
+
+
+def test_gradients_made_by_hand_arrive():
+    net = nn.Sequential(nn.Linear(3, 4), nn.SiLU(), nn.Linear(4, 1))
+    x = torch.randn(5, 3)
+    g = c.flat_grad(net(x).square().mean(), net)
+    c.linear_loss(net, 3 * g).backward()
+    got = torch.cat([w.grad.flatten() for w in net.parameters()])
+    net.zero_grad()
+    (3 * net(x).square().mean()).backward()
+    torch.testing.assert_close(got, torch.cat([w.grad.flatten() for w in net.parameters()]))
+
+
 def test_obt_floor_stops_the_push():
     """z_hat = -5 z has z_hat . z near -5: clipped to -2, with no gradient left; without a floor it is not."""
     torch.manual_seed(0)
@@ -108,5 +176,6 @@ def test_losses_are_per_image_and_of_any_rank():
     net = c.ExactNet(lambda x, sigma: 0.5 * x / (1 + c.bcast(sigma, x)), 0.5)
     for shape in ((5, 2), (5, 3, 8, 8)):
         x0, t = torch.randn(shape), torch.rand(5)
-        for loss in (c.dsm_loss, c.ort_loss, c.obt_loss, lambda *a: c.ort_loss(*a, inner=True), lambda n, *a: c.obt_rel_loss(n, n, *a)):
+        for loss in (c.dsm_loss, c.ort_loss, c.obt_loss, lambda *a: c.ort_loss(*a, inner=True), lambda n, *a: c.obt_rel_loss(n, n, *a), c.ascent_loss, c.erasediff_loss):
             assert loss(net, c.VP(), x0, t).shape == (5,)
+        assert [v.shape for v in c.siss_losses(net, c.VP(), x0, torch.randn(shape), t)] == [(5,), (5,)]

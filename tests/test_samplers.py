@@ -33,6 +33,31 @@ def test_pc_sampler(sde, predictor, corrector, gaussian):
     assert w2_squared(x, gaussian.means[0], endpoint_cov(gaussian)) < 0.004
 
 
+@pytest.mark.parametrize("steps", [999, 199])
+def test_ddpm_ancestral_sampling(steps, gaussian):
+    """All 1000 levels, and respaced."""
+    sde = c.DDPM()
+    x = c.pc_sample(gaussian, sde, sde.prior((20000, 2), c.rng(0)).double(), steps, "ancestral", corrector=False, generator=c.rng(1))
+    assert w2_squared(x, gaussian.means[0], endpoint_cov(gaussian)) < 0.01
+
+
+def test_ddpm_ancestral_step_is_algorithm_2(gaussian):
+    """Ho et al. 2020, Algorithm 2, with the posterior variance, written out by its own symbols."""
+    sde, x = c.DDPM(), torch.randn(100, 2, generator=c.rng(0), dtype=torch.float64)
+    beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    alpha_bar = torch.cumprod(1 - beta, 0)
+    got = c.pc_sample(gaussian, sde, x, 999, "ancestral", corrector=False, generator=c.rng(1))
+    noise = c.rng(1)
+    for k in range(999, 0, -1):  # from index k (level k + 1) to index k - 1
+        t = torch.full((100,), (k + 1) / 1000, dtype=torch.float64)
+        eps = -c.score_fn(gaussian, sde, x, t) * torch.sqrt(1 - alpha_bar[k])
+        x = (x - beta[k] / torch.sqrt(1 - alpha_bar[k]) * eps) / torch.sqrt(1 - beta[k])
+        x = x + torch.sqrt(beta[k] * (1 - alpha_bar[k - 1]) / (1 - alpha_bar[k])) * torch.randn(x.shape, generator=noise)
+    t = torch.full((100,), 1 / 1000, dtype=torch.float64)
+    want = (x + (1 - alpha_bar[0]) * c.score_fn(gaussian, sde, x, t)) / torch.sqrt(alpha_bar[0])
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)  # pc_sample keeps its times in float32
+
+
 def test_pc_sampler_improves_with_steps(gaussian):
     sde, errors = c.VP(), []
     for steps in (20, 60, 180):

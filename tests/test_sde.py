@@ -90,3 +90,23 @@ def test_score_fn_is_the_gradient_of_the_log_density(name, gaussian):
     log_p = torch.distributions.MultivariateNormal(s * gaussian.means[0], cov).log_prob(x)
     (want,) = torch.autograd.grad(log_p.sum(), x)
     torch.testing.assert_close(c.score_fn(gaussian, sde, x.detach(), t), want, rtol=1e-6, atol=1e-6)
+
+
+def test_ddpm_is_the_chain_of_its_definition():
+    """Multiply the 1000 steps out by hand; every level is drawn alike; time_of finds the level again."""
+    sde, signal, var = c.DDPM(), 1.0, 0.0
+    for k in range(1, 1001):
+        beta = 1e-4 + (0.02 - 1e-4) * (k - 1) / 999
+        signal, var = signal * math.sqrt(1 - beta), (1 - beta) * var + beta
+        t = torch.tensor([k / 1000], dtype=torch.float64)
+        assert sde.s(t).item() == pytest.approx(signal, rel=1e-9) and sde.std(t).item() == pytest.approx(math.sqrt(var), rel=1e-9)
+    levels = torch.arange(1, 1001) / 1000
+    torch.testing.assert_close(sde.time_of(sde.sigma(levels.double())), levels.double())
+    torch.testing.assert_close(sde.draw((torch.arange(1000) + 0.5) / 1000), levels)
+
+
+def test_vp_is_the_limit_of_ddpm():
+    """beta(t)/1000 is beta_k: both have the same signal and noise to 1 % from t = 0.1 on, and end near sigma = 152 and 157."""
+    t = torch.linspace(0.1, 1, 10, dtype=torch.float64)
+    torch.testing.assert_close(ALL["vp"].sigma(t), c.DDPM().sigma(t), rtol=0.04, atol=0)
+    assert c.DDPM().sigma_max() == pytest.approx(157.4, abs=0.1)

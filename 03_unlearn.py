@@ -33,15 +33,17 @@ import common as c
 
 # Where to start with each method on the MNIST base; README says what each gives.  Every entry is a flag.
 RECIPES = {
-    # Push hard, then let go: near alpha = 1 the optimum is Unseen's score, which a small step size now has the time to settle on.
-    "obt-rel": dict(alpha=0.5, alpha_end=0.95, lr=1e-3),
-    "obt": dict(alpha=0.9, alpha_end=0.98, lr=1e-3),
+    "obt-rel": dict(alpha=0.65, lr=1e-3, retain="distill"),
+    "obt": dict(alpha=0.9, lr=3e-4),
     "ort": dict(alpha=0.9, lr=3e-4),
-    "unseen": dict(alpha=1.0, lr=3e-4),  # L_g alone: what forgetting does by itself
+    "unseen": dict(lr=3e-4),  # L_g alone: what forgetting does by itself
     "ascent": dict(alpha=0.9, lr=3e-4),
     "erasediff": dict(eta=1e-3, lr=3e-4),  # these two weigh gradients, not losses, so alpha has no part in them
     "siss": dict(c=0.1, lr=3e-4, uniform_t=True),  # D_g and D_f share x_t, hence the noise level: no level may be left out
 }
+
+# Flags that only some methods have.
+BELONGS = dict(alpha=("ort", "obt", "obt-rel", "ascent"), eta=("erasediff",), c=("siss",), ort=("ort",), retain=[m for m in RECIPES if m != "siss"])
 
 # ---- arguments ---------------------------------------------------------------------------------------
 
@@ -53,11 +55,11 @@ def arguments(argv):
     p.add_argument("--sde", choices=list(c.SDES), default="vp")
     p.add_argument("--from-scratch", action="store_true", help="start from random weights, not from the Standard model")          # <-- 03
     p.add_argument("--alpha", type=c.number(float, 0, 1), help="weight of L_g; L_f has 1 - alpha")
-    p.add_argument("--alpha-end", type=c.number(float, 0, 1), help="alpha moves there in a straight line (default: the recipe's, or --alpha)")
     p.add_argument("--eta", type=c.number(float, 0), help="erasediff: least weight of the forget gradient")
     p.add_argument("--c", type=c.number(float, 0), help="siss: length of the forget gradient (the paper's 5 is for losses summed over pixels)")
     p.add_argument("--ort", choices=("elementwise", "inner"), help="the two readings of Ort, see common.ort_loss (default: elementwise)")
     p.add_argument("--log-sigma", type=float, nargs=2, help="noise of D_f: mean and std of ln sigma")
+    p.add_argument("--retain", choices=("dsm", "distill"), help="L_g: score matching, the paper's, or ours, see common.distill_loss")
     p.add_argument("--uniform-t", action="store_true", default=None, help="noise of D_f: the paper's t ~ U(0, 1) instead")
     p.add_argument("--ema", type=c.number(float, 0, 0.99999), help="decay of the weight average")
     p.add_argument("--n", type=c.number(int, 10), help="samples for the measures, before and after")
@@ -67,16 +69,16 @@ def arguments(argv):
         c.die("--forget is missing: name what to forget, e.g. python 03_unlearn.py --dataset mnist --forget 3")
     if args.from_scratch and args.method == "obt-rel":
         c.die("--method obt-rel compares with a Standard model by construction: leave out --from-scratch, or take --method ort | obt")
-    for flag, methods in dict(alpha=("ort", "obt", "obt-rel", "ascent"), eta=("erasediff",), c=("siss",), ort=("ort",)).items():
+    if args.from_scratch and args.retain == "distill":
+        c.die("--retain distill keeps what a Standard model says: leave out --from-scratch, or take --retain dsm")
+    for flag, methods in BELONGS.items():
         if getattr(args, flag) is not None and args.method not in methods:
             c.die(f"--{flag} has no part in --method {args.method}; it belongs to --method {' | '.join(methods)}")
-    recipe = dict(log_sigma=(0.0, 0.7), uniform_t=False, alpha=None, eta=None, c=None) | RECIPES[args.method]
+    recipe = dict(retain="dsm", log_sigma=(0.0, 0.7), uniform_t=False, alpha=None, eta=None, c=None) | RECIPES[args.method]
     if args.from_scratch:
-        recipe |= dict(steps=3000, batch_size=64, lr=8e-3, ema=0.999)
-    if args.alpha is not None or "alpha_end" not in recipe:
-        recipe["alpha_end"] = recipe["alpha"] if args.alpha is None else args.alpha
+        recipe |= dict(steps=3000, lr=8e-3, ema=0.999)
     nfe = 50 if args.sde == "ddpm" else 20  # ancestral sampling keeps all the noise it adds: it needs more steps
-    full = dict(steps=300, batch_size=128, n=2000, nfe=nfe, ema=0.98) | recipe
+    full = dict(steps=200, batch_size=64, n=2000, nfe=nfe, ema=0.98) | recipe
     return c.finish_args(args, full=full, quick=dict(steps=5, batch_size=16, n=60, nfe=6))
 
 
@@ -99,18 +101,23 @@ def forget_loss(args, net, base, sde, x_f):                                     
     return {"obt": c.obt_loss, "ascent": c.ascent_loss, "erasediff": c.erasediff_loss}[args.method](net, sde, x_f, t)
 
 
-def objective(args, alpha, net, base, sde, x_g, x_f):                                                     # <-- 03
+def objective(args, net, base, sde, x_g, x_f):                                                     # <-- 03
     """-> the loss to step on, L_g, L_f."""
     if args.method == "siss":
         loss_g, loss_f = (loss.mean() for loss in c.siss_losses(net, sde, x_g, x_f, forget_times(args, sde, len(x_f))))
     else:
-        t = c.lognormal_t(len(x_g), sde, -1.0, 1.4, 0.1, args.device) if args.from_scratch else c.uniform_t(len(x_g), sde, args.device)
-        loss_g = c.dsm_loss(net, sde, x_g, t, weight="v" if args.from_scratch else "std2").mean()
+        if args.retain == "distill":
+            loss_g = c.distill_loss(net, base, sde, x_g, c.uniform_t(len(x_g), sde, args.device)).mean()
+        elif args.from_scratch:  # a random network has all noise levels to learn: 02's noise and weight
+            loss_g = c.dsm_loss(net, sde, x_g, c.lognormal_t(len(x_g), sde, -1.0, 1.4, 0.1, args.device), weight="v").mean()
+        else:
+            loss_g = c.dsm_loss(net, sde, x_g, c.uniform_t(len(x_g), sde, args.device)).mean()
         loss_f = forget_loss(args, net, base, sde, x_f).mean() if args.method != "unseen" else torch.zeros_like(loss_g)
     if args.method in ("erasediff", "siss"):
         g, f = c.flat_grad(loss_g, net), c.flat_grad(loss_f, net)
         weight = c.erasediff_weight(g, f, args.eta) if args.method == "erasediff" else -args.c / f.norm()
         return c.linear_loss(net, g + weight * f), loss_g, loss_f
+    alpha = 1.0 if args.method == "unseen" else args.alpha
     return alpha * loss_g + (1 - alpha) * loss_f, loss_g, loss_f  # the paper's objective
 
 
@@ -135,7 +142,7 @@ def report(args, before, after, judge, images_g, test_g, forget, classes, second
     print(f"UR after in [{a['ur_interval'][0]:.2f}, {a['ur_interval'][1]:.2f}] % (95 %, n = {args.n}); class_min_ratio {a['class_min_ratio']:.2f}")
     print(f"class counts before {b['class_counts']}\n             after  {a['class_counts']}")
     return dict(
-        method=args.method, sde=args.sde, forget=[classes[i] for i in forget], alpha=[args.alpha, args.alpha_end],
+        method=args.method, sde=args.sde, forget=[classes[i] for i in forget], alpha=args.alpha,
         steps=args.steps, n=args.n, sampler="ancestral" if args.sde == "ddpm" else c.SAMPLER, nfe=args.nfe,
         ur_before=b["ur"], ur_after=a["ur"], ur_interval=a["ur_interval"], ur_floor=floor["ur"],
         fd_before=b["fd"], fd_after=a["fd"], fd_floor=floor["fd"],
@@ -203,7 +210,7 @@ def main(argv=None):
     base, judge = c.load_net(path, make, args.device), c.load_judge(args.out, args.dataset, args.device)
     fresh = base.arch | (dict(width=32) if args.quick else {})
     net = c.UNet(**fresh).to(args.device) if args.from_scratch else copy.deepcopy(base)
-    weights = "  ".join(f"{k} {v}" for k, v in vars(args).items() if k in ("alpha", "alpha_end", "eta", "c", "lr", "steps") and v is not None)
+    weights = "  ".join(f"{k} {v}" for k, v in vars(args).items() if k in ("alpha", "eta", "c", "lr", "steps") and v is not None)
     print(f"base: {path}; sde {args.sde}, method {args.method}{', from scratch' * args.from_scratch}; {weights}")
     sde = c.SDES[args.sde]()
     adam = [torch.optim.Adam(net.parameters(), args.lr, betas=(0.9, 0.99), fused=True)]
@@ -222,11 +229,10 @@ def main(argv=None):
             net.train()
             c.set_lr(optimizers, step, args.steps, warmup=20)
             x_g, x_f = (c.dequantize(x[torch.randint(len(x), (args.batch_size,))]).to(args.device) for x in (images_g, images_f))  # <-- 03
-            alpha = 1.0 if args.alpha is None else args.alpha + (args.alpha_end - args.alpha) * step / max(1, args.steps - 1)
-            loss, loss_g, loss_f = objective(args, alpha, net, base, sde, x_g, x_f)                      # <-- 03
+            loss, loss_g, loss_f = objective(args, net, base, sde, x_g, x_f)                      # <-- 03
             skipped = c.guarded_step(loss, net, optimizers, skipped)
             ema.update(net)
-            rows.append((loss_g.detach(), loss_f.detach(), alpha))
+            rows.append((loss_g.detach(), loss_f.detach()))
 
             done = step + 1
             if done % 50 == 0 or done == args.steps:
@@ -234,7 +240,7 @@ def main(argv=None):
                 eta = (args.steps - done) * (time.time() - t0) / (done - shown)
                 print(f"step {done}/{args.steps}  L_g {g:.4f}  L_f {f:.4f}  ETA {eta:.0f} s", flush=True)
                 shown, t0 = done, time.time()
-        rows = [dict(step=i + 1, loss_g=g.item(), loss_f=f.item(), alpha=a) for i, (g, f, a) in enumerate(rows)]
+        rows = [dict(step=i + 1, loss_g=g.item(), loss_f=f.item()) for i, (g, f) in enumerate(rows)]
         (out / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
         c.save_checkpoint(out / "model.pt", arch=net.arch, ema=ema.net.state_dict(), step=args.steps, args=vars(args))
 

@@ -93,7 +93,7 @@ def test_seed_names_a_folder_and_changes_the_run(script, tmp_path):
     assert any(not torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("flag", [("--alpha", 0.2), ("--lr", 1e-2), ("--steps", 3), ("--batch-size", 8), ("--log-sigma", 1, 1), ("--uniform-t",), ("--ema", 0), ("--alpha-end", 0.1)])
+@pytest.mark.parametrize("flag", [("--alpha", 0.2), ("--lr", 1e-2), ("--steps", 3), ("--batch-size", 8), ("--log-sigma", 1, 1), ("--uniform-t",), ("--ema", 0), ("--retain", "dsm")])
 def test_no_flag_of_03_is_ignored(script, tmp_path, flag, request):
     """A training flag that is changed changes the weights."""
     weights = []
@@ -134,6 +134,7 @@ BAD = {
     "batch": (("--forget", 3, "--batch-size", "many"), "--batch-size"),
     "method": (("--forget", 3, "--method", "hypnosis"), "obt-rel"),
     "sde": (("--forget", 3, "--sde", "xp"), "subvp"),
+    "scratch distill": (("--forget", 3, "--method", "ort", "--from-scratch", "--retain", "distill"), "--retain dsm"),
     "scratch obt-rel": (("--forget", 3, "--from-scratch"), "--method ort | obt"),
     "alpha of siss": (("--forget", 3, "--method", "siss", "--alpha", 0.5), "--alpha has no part"),
     "eta of ort": (("--forget", 3, "--method", "ort", "--eta", 0.5), "erasediff"),

@@ -90,6 +90,25 @@ def test_exact_optima_are_stationary_points_of_the_losses(method, alpha, sigma, 
     assert max(away) > 10
 
 
+@pytest.mark.parametrize("sigma", [0.8, 2.0])
+def test_distilling_shifts_the_optimum_of_obt_rel_by_one_kappa(sigma, toy):
+    """Kept near the Standard model instead of D_g: z_g + (kappa - 1) p(D_f|x_t) (z_g - z_f)."""
+    world, alpha = toy["Toy"]([[-2, -2], [0, 0], [2, 2]], [0.8, 0.4, 0.8], [1]), 0.6
+    kappa = (1 - alpha) * (1 - world.pi_f) / (2 * alpha * world.pi_f)
+
+    def z_hat(x, s):
+        z_g, z_f = world.g.z_hat(x, s), world.f.z_hat(x, s)
+        p_f = torch.sigmoid(world.f.log_prob(x, s) - world.g.log_prob(x, s) + math.log(world.pi_f / (1 - world.pi_f)))
+        return z_g + (kappa - 1) * p_f[:, None] * (z_g - z_f)
+
+    losses = (lambda net, *a: c.distill_loss(net, world.all, *a), lambda net, *a: c.obt_rel_loss(net, world.all, *a))
+    push = lambda x: torch.exp(-0.125 * x.square().sum(1, keepdim=True)) * x
+    value, error = slope(losses, c.ExactNet(z_hat, world.sd), world, sigma, alpha, push)
+    assert abs(value) < 4.5 * error
+    value, error = slope(losses, world.all, world, sigma, alpha, push)
+    assert abs(value) > 10 * error
+
+
 @pytest.mark.parametrize("method, sigma", [("ascent", 0.8), ("erasediff", 0.8), ("erasediff", 2.0)])
 def test_rivals_have_the_optimum_their_papers_state(method, sigma, toy):
     """Ascent: the score of (p_g - w p_f)/(1 - w).  EraseDiff with a fixed weight: z_g pulled to E[u] = 1/2 where D_f is likely."""

@@ -1,0 +1,318 @@
+"""Every number of README's method tables, and the trade-off figure, from one command that can be stopped and started again.
+
+    python tests/make_tables.py                    # all groups: hours on 2 CPU cores; a finished run is never repeated
+    python tests/make_tables.py --only vp          # one group: vp, long, ve, ddpm, scratch, nll, noise
+    python tests/make_tables.py --only vp --list   # what is done and what is missing; runs nothing
+    python tests/make_tables.py --draw             # only the tables and the figure, from assets/tables.json
+
+Each run is one command of 02 or 03; assets/tables.json keeps it beside its result.json, so that any single number can be had
+again by hand.  Nothing here is measured in another way than 03 does; only the Standard model's samples, which are the same for
+every run with one seed, are drawn once and kept in out/tables/.
+
+How the weights are chosen (group vp), alike for every method: three learning rates at the middle weight, then the paper's noise
+for D_f against ours, then the two other weights, all with seed 0; then two more seeds at the weight whose UR is nearest to 1 %.
+"""
+import argparse
+import hashlib
+import json
+import math
+import runpy
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import common as c
+
+OUT, TABLE = ROOT / "out" / "tables", ROOT / "assets" / "tables.json"
+# method: flag that weighs D_f, and three values of it, the weakest first
+WEIGHTS = {
+    "obt-rel": ("--alpha", (0.8, 0.7, 0.6)),
+    "obt": ("--alpha", (0.95, 0.9, 0.8)),
+    "ort": ("--alpha", (0.98, 0.95, 0.9)),
+    "ascent": ("--alpha", (0.97, 0.95, 0.9)),
+    "erasediff": ("--eta", (0.001, 0.03, 0.3)),
+    "siss": ("--c", (0.03, 0.1, 0.3)),
+    "unseen": (None, (None,)),
+}
+RATES = (1e-4, 3e-4, 1e-3)
+# The poster's MNIST rows (VE): UR in percent for forgetting 3, 7, and 3 and 7.
+POSTER = {"standard": (11.0, None, 15.8), "best MSGM": (0.4, 0.8, 1.2)}
+
+
+# ---- running and keeping -----------------------------------------------------------------------------
+
+
+def load():
+    return json.loads(TABLE.read_text()) if TABLE.exists() else {}
+
+
+def keep(name, command, result):
+    """Add one finished run to assets/tables.json, whole or not at all."""
+    table = load()
+    table[name] = dict(command=command, **result)
+    tmp = TABLE.with_suffix(".tmp")
+    tmp.write_text(json.dumps(dict(sorted(table.items())), indent=0))
+    tmp.replace(TABLE)
+
+
+def remember_base_samples():
+    """Wrap common.sample_images: the Standard model's samples are drawn once per SDE and seed, then read from out/tables/."""
+    draw = c.sample_images
+
+    def sample_images(net, n, shape, sde, seed, nfe=20, **more):
+        if "before" not in more.get("label", ""):
+            return draw(net, n, shape, sde, seed, nfe, **more)
+        weights = hashlib.sha256(b"".join(w.detach().cpu().numpy().tobytes() for w in net.parameters())).hexdigest()[:12]
+        path = OUT / f"before-{weights}-{type(sde).__name__}-{n}-{seed}-{nfe}.pt"
+        if not path.exists():
+            c.save_checkpoint(path, images=draw(net, n, shape, sde, seed, nfe, **more))
+        return torch.load(path, weights_only=True)["images"]
+
+    c.sample_images = sample_images
+
+
+def run(name, *argv, quick=False, dry=False):
+    """One command of 03 under a name -> its result, from the table if it is there; with dry None if it is not."""
+    known = load().get(name)
+    if known or dry:
+        print(f"{'done   ' if known else 'missing'} {name}")
+        return known
+    argv = ["--dataset", "mnist", *(str(a) for a in argv), *(["--quick"] if quick else [])]
+    command = " ".join(["python 03_unlearn.py", *argv])
+    print(f"\n=== {name}: {command}", flush=True)
+    folder = OUT / name.replace("/", "-")
+    runpy.run_path(str(ROOT / "03_unlearn.py"))["main"]([*argv, "--out", str(folder)])
+    (path,) = folder.glob("mnist/*/*/result.json")
+    result = json.loads(path.read_text())
+    result.pop("args")
+    keep(name, command, result)
+    return load()[name]
+
+
+# ---- the groups --------------------------------------------------------------------------------------
+
+
+def cost(r):
+    """One number to choose by: ln of the FD ratio, plus a share of how far UR is above 1 %, on the same scale."""
+    return math.log(r["fd_after"] / r["fd_before"]) + 0.5 * max(0.0, math.log(max(r["ur_after"], 0.05)))
+
+
+def weigh(method, value):
+    flag = WEIGHTS[method][0]
+    return () if value is None else (flag, value)
+
+
+def choose(method, **how):
+    """The search of the docstring -> (flags that were chosen, weight nearest to UR 1 %), or None while runs are missing."""
+    values, base = WEIGHTS[method][1], ("--forget", 3, "--method", method, "--steps", 200, "--batch-size", 64)
+    middle = values[len(values) // 2]
+    runs = {lr: run(f"vp/{method}/{middle}/lr{lr:g}", *base, *weigh(method, middle), "--lr", lr, **how) for lr in RATES}
+    if None in runs.values():
+        return None
+    lr = min(RATES, key=lambda k: cost(runs[k]))
+    noise = ()
+    if method not in ("unseen", "siss"):  # they have no noise of their own for D_f
+        other = run(f"vp/{method}/{middle}/lr{lr:g}/uniform", *base, *weigh(method, middle), "--lr", lr, "--uniform-t", **how)
+        if other is None:
+            return None
+        noise = ("--uniform-t",) if cost(other) < cost(runs[lr]) else ()
+    tail = f"lr{lr:g}" + "/uniform" * bool(noise)
+    flags = (*base, "--lr", lr, *noise)
+    found = {v: run(f"vp/{method}/{v}/{tail}", *flags, *weigh(method, v), **how) for v in values}
+    if None in found.values():
+        return None
+    best = min(values, key=lambda v: abs(math.log(max(found[v]["ur_after"], 0.05))))
+    return dict(flags=flags, best=best, tail=tail)
+
+
+def group_vp(**how):
+    """Every method, VP, forget 3, 200 steps of 64 + 64 images."""
+    for method in WEIGHTS:
+        picked = choose(method, **how)
+        for seed in (1, 2) if picked else ():
+            name = f"vp/{method}/{picked['best']}/{picked['tail']}/s{seed}"
+            run(name, *picked["flags"], *weigh(method, picked["best"]), "--seed", seed, **how)
+
+
+def chosen(method, steps, sde, forget, **how):
+    """Flags of a method at the weight chosen in group vp, for another setting; None while group vp is not done."""
+    how = dict(how, dry=True)
+    picked = choose(method, **how)
+    if picked is None:
+        print(f"missing vp/{method}: run --only vp first")
+        return None
+    flags = [str(f) for f in picked["flags"]]
+    flags[flags.index("--forget") : flags.index("--method")] = ["--forget", *forget]
+    flags[flags.index("--steps") + 1] = str(steps)
+    return (*flags, *weigh(method, picked["best"]), "--sde", sde)
+
+
+def group_long(**how):
+    """Does quality hold at five times the steps?  Obt-rel, ascent and SISS."""
+    for method in ("obt-rel", "ascent", "siss"):
+        flags = chosen(method, 1000, "vp", ["3"], **how)
+        for seed in (0, 1, 2) if flags else ():
+            run(f"long/{method}/s{seed}", *flags, "--seed", seed, **how)
+
+
+def group_ve(**how):
+    """The poster's MNIST rows: VE, forget 3, 7, and 3 and 7."""
+    for forget in (["3"], ["7"], ["3", "7"]):
+        for method in WEIGHTS:
+            flags = chosen(method, 200, "ve", forget, **how)
+            if flags:
+                run(f"ve/{'-'.join(forget)}/{method}", *flags, **how)
+
+
+def group_ddpm(**how):
+    """The 1000-step chain, ancestral sampling in 50."""
+    for method in ("obt-rel", "obt", "ort", "unseen", "erasediff"):
+        flags = chosen(method, 200, "ddpm", ["3"], **how)
+        if flags:
+            run(f"ddpm/{method}", *flags, **how)
+
+
+def group_scratch(**how):
+    """The paper's Table 1 setting: random weights, 3000 steps, both losses from the first on."""
+    for method in ("unseen", "ort", "obt"):
+        flag, values = WEIGHTS[method]
+        for value in values:
+            run(f"scratch/{method}/{value}", "--forget", 3, "--method", method, "--from-scratch", *weigh(method, value), **how)
+
+
+def networks(prefix, **how):
+    """The Standard model and every finished model of a group whose weights still lie in out/tables -> {name: network}."""
+    nets = {"standard": c.load_net(*c.find_base(OUT, "mnist"))}
+    for name in load():
+        found = list((OUT / name.replace("/", "-")).glob("mnist/*/*/model.pt"))
+        if name.startswith(prefix) and found:
+            nets[name.removeprefix(prefix)] = c.load_net(found[0], "python tests/make_tables.py --only ve")
+    return nets
+
+
+def test_images(n):
+    """n dequantised test images of each: those that are no 3, and 3s."""
+    test, generator = c.load_dataset("mnist", train=False), c.rng(0)
+    torch.manual_seed(0)
+    is_f = test.labels == 3
+    return [c.dequantize(x[torch.randperm(len(x), generator=generator)[:n]]) for x in (test.images[~is_f], test.images[is_f])]
+
+
+def group_nll(quick=False, dry=False):
+    """Bits/dim of test images of D_g and D_f under the VE models that forget 3, mean and standard error."""
+    for method, net in networks("ve/3/").items():
+        name = f"nll/{method}"
+        if name in load() or dry:
+            print(f"{'done   ' if name in load() else 'missing'} {name}")
+            continue
+        result = {}
+        for key, x in zip(("g", "f"), test_images(2 if quick else 128)):
+            steps = dict(steps=2 if quick else 30)
+            v = c.bits_per_dim(torch.cat([c.ode_log_likelihood(net, c.VE(), x_, c.rademacher_probes(x_, 1, c.rng(1)), **steps) for x_ in x.split(64)]), 784)
+            result.update({f"bpd_{key}": v.mean().item(), f"error_{key}": (v.std() / math.sqrt(len(v))).item()})
+        keep(name, "python tests/make_tables.py --only nll", result)
+        print(name, result, flush=True)
+
+
+def group_noise(quick=False, dry=False):
+    """Where forgetting happens: v-loss of D_g and D_f by noise level, the weights chosen in group vp."""
+    chosen_runs = [f"{m}/{p['best']}/{p['tail']}" for m in WEIGHTS if (p := choose(m, dry=True))]
+    for method, net in networks("vp/").items():
+        if method in ("standard", *chosen_runs) and not dry:
+            g, f = (c.loss_by_noise(net, x) for x in test_images(4 if quick else 500))
+            keep(f"noise/{method}", "python tests/make_tables.py --only noise", dict(g=g, f=f))
+
+
+GROUPS = dict(vp=group_vp, long=group_long, ve=group_ve, ddpm=group_ddpm, scratch=group_scratch, nll=group_nll, noise=group_noise)
+
+# ---- tables and figure -------------------------------------------------------------------------------
+
+
+def row(name, r):
+    low, high = r["ur_interval"]
+    return (
+        f"| {name} | {r['ur_after']:.2f} ({low:.1f}-{high:.1f}) | {r['fd_after']:.2f} | x{r['fd_after'] / r['fd_before']:.2f} "
+        f"| {r['class_min_ratio']:.2f} | {r['low_confidence_after']:.1f} | {r['seconds']:.0f} |"
+    )
+
+
+def tables(table):
+    """All finished runs as Markdown, one table a group."""
+    for group in GROUPS:
+        rows = {k[len(group) + 1 :]: r for k, r in table.items() if k.startswith(group + "/")}
+        if not rows:
+            continue
+        any_row = next(iter(rows.values()))
+        print(f"\n### {group}: {GROUPS[group].__doc__}\n")
+        if group == "nll":
+            print("| model | D_g | D_f |\n|---|---|---|")
+            for name, r in rows.items():
+                print(f"| {name} | {r['bpd_g']:.3f} +- {r['error_g']:.3f} | {r['bpd_f']:.3f} +- {r['error_f']:.3f} |")
+            continue
+        if group == "noise":
+            print("| model | " + " | ".join(f"sigma {a:g}-{b:g}" for a, b, _ in any_row["g"]) + " |\n" + "|---" * 7 + "|")
+            for name, r in rows.items():
+                print(f"| {name} | " + " | ".join(f"{g[2]:.3f} / {f[2]:.3f}" for g, f in zip(r["g"], r["f"])) + " |")
+            continue
+        print(f"Standard: UR {any_row['ur_before']:.2f} %, FD {any_row['fd_before']:.2f}\n")
+        print("| run | UR % (95 %) | FD | FD / Standard's | class_min_ratio | unsure % | s |\n|---|---|---|---|---|---|---|")
+        for name, r in rows.items():
+            print(row(name, r))
+
+
+def fd_at_one_percent(points):
+    """FD ratio where UR passes 1 %, linear in ln UR between the two runs around it -> number, or None when none or all are below."""
+    points = sorted((math.log(max(ur, 0.05)), fd) for ur, fd in points)
+    for (u0, f0), (u1, f1) in zip(points[:-1], points[1:]):
+        if u0 <= 0 <= u1 and u0 < u1:
+            return f0 + (f1 - f0) * (0 - u0) / (u1 - u0)
+    return None
+
+
+def figure(table, path):
+    """UR against FD, a curve per method over its weights, seeds as crosses -> FD at UR = 1 % per method."""
+    plt, at_one = c.pyplot(), {}
+    fig, ax = plt.subplots(figsize=(7, 4.4))
+    for i, method in enumerate(WEIGHTS):
+        picked = choose(method, dry=True)
+        if picked is None:
+            continue
+        names = [f"vp/{method}/{v}/{picked['tail']}" for v in WEIGHTS[method][1]]
+        points = [(table[n]["ur_after"], table[n]["fd_after"] / table[n]["fd_before"]) for n in names]
+        seeds = [table[n] for n in table if n.startswith(f"vp/{method}/{picked['best']}/{picked['tail']}/s")]
+        ax.plot(*zip(*points), "o-", color=f"C{i}", label=method, ms=5)
+        ax.plot([r["ur_after"] for r in seeds], [r["fd_after"] / r["fd_before"] for r in seeds], "x", color=f"C{i}", ms=6)
+        at_one[method] = fd_at_one_percent(points)
+    ax.axvline(1, color="0.7", lw=1), ax.axhline(1, color="0.7", lw=1)
+    ax.set(xscale="log", yscale="log", xlabel="unlearning ratio, % of samples judged a 3 (left: forgotten)", ylabel="FD / Standard's FD (low: kept)")
+    ax.legend(fontsize=8), fig.tight_layout(), fig.savefig(path, dpi=90), plt.close(fig)
+    return at_one
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--only", choices=list(GROUPS), help="one group")
+    p.add_argument("--list", action="store_true", help="show what is done and what is missing")
+    p.add_argument("--draw", action="store_true", help="tables and figure of what is done")
+    p.add_argument("--quick", action="store_true", help="the same path with tiny runs, into a table of its own")
+    args = p.parse_args(argv)
+    if args.quick:
+        global TABLE
+        TABLE = OUT / "quick.json"
+    OUT.mkdir(parents=True, exist_ok=True)
+    remember_base_samples()
+    for name in [args.only] if args.only else GROUPS:
+        if not args.draw:
+            GROUPS[name](quick=args.quick, dry=args.list)
+    if not args.list:
+        tables(load())
+        for method, fd in figure(load(), OUT / "tradeoff.png" if args.quick else ROOT / "assets" / "tradeoff.png").items():
+            print(f"{method}: FD at UR = 1 %: " + ("not bracketed" if fd is None else f"x{fd:.2f}"))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

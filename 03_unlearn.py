@@ -33,7 +33,7 @@ import common as c
 
 # Where to start with each method on the MNIST base; README says what each gives.  Every entry is a flag.
 RECIPES = {
-    "obt-rel": dict(alpha=0.65, lr=1e-3, retain="distill"),
+    "obt-rel": dict(kappa=3.0, lr=1e-3, retain="distill"),  # kappa, not alpha: one strength for small and for large forget sets
     "obt": dict(alpha=0.9, lr=3e-4),
     "ort": dict(alpha=0.9, lr=3e-4),
     "unseen": dict(lr=3e-4),  # L_g alone: what forgetting does by itself
@@ -43,7 +43,7 @@ RECIPES = {
 }
 
 # Flags that only some methods have.
-BELONGS = dict(alpha=("ort", "obt", "obt-rel", "ascent"), eta=("erasediff",), c=("siss",), ort=("ort",), retain=[m for m in RECIPES if m != "siss"])
+BELONGS = dict(alpha=("ort", "obt", "obt-rel", "ascent"), kappa=("obt-rel",), eta=("erasediff",), c=("siss",), ort=("ort",), retain=[m for m in RECIPES if m != "siss"])
 
 # ---- arguments ---------------------------------------------------------------------------------------
 
@@ -55,6 +55,7 @@ def arguments(argv):
     p.add_argument("--sde", choices=list(c.SDES), default="vp")
     p.add_argument("--from-scratch", action="store_true", help="start from random weights, not from the Standard model")          # <-- 03
     p.add_argument("--alpha", type=c.number(float, 0, 1), help="weight of L_g; L_f has 1 - alpha")
+    p.add_argument("--kappa", type=c.number(float, 0), help="obt-rel: the same weight, relative to the sizes of D_g and D_f; 1 is Unseen")
     p.add_argument("--eta", type=c.number(float, 0), help="erasediff: least weight of the forget gradient")
     p.add_argument("--c", type=c.number(float, 0), help="siss: length of the forget gradient (the paper's 5 is for losses summed over pixels)")
     p.add_argument("--ort", choices=("elementwise", "inner"), help="the two readings of Ort, see common.ort_loss (default: elementwise)")
@@ -74,7 +75,7 @@ def arguments(argv):
     for flag, methods in BELONGS.items():
         if getattr(args, flag) is not None and args.method not in methods:
             c.die(f"--{flag} has no part in --method {args.method}; it belongs to --method {' | '.join(methods)}")
-    recipe = dict(retain="dsm", log_sigma=(0.0, 0.7), uniform_t=False, alpha=None, eta=None, c=None) | RECIPES[args.method]
+    recipe = dict(retain="dsm", log_sigma=(0.0, 0.7), uniform_t=False, alpha=None, kappa=None, eta=None, c=None) | RECIPES[args.method]
     if args.from_scratch:
         recipe |= dict(steps=3000, lr=8e-3, ema=0.999)
     nfe = 50 if args.sde == "ddpm" else 20  # ancestral sampling keeps all the noise it adds: it needs more steps
@@ -205,12 +206,15 @@ def main(argv=None):
     if args.method == "obt-rel":
         print("obt-rel: ours, not the paper's; the paper's: --method ort | obt")
 
+    if args.method == "obt-rel" and args.alpha is None:  # kappa = (1-alpha) pi_g / (2 alpha pi_f), solved for alpha
+        args.alpha = 1 / (1 + 2 * args.kappa * len(images_f) / len(images_g))
+
     # ---- model: a copy of the Standard model, which itself stays as obt-rel's reference                 # <-- 03
     path, make = c.find_base(args.out, args.dataset)
     base, judge = c.load_net(path, make, args.device), c.load_judge(args.out, args.dataset, args.device)
     fresh = base.arch | (dict(width=32) if args.quick else {})
     net = c.UNet(**fresh).to(args.device) if args.from_scratch else copy.deepcopy(base)
-    weights = "  ".join(f"{k} {v}" for k, v in vars(args).items() if k in ("alpha", "eta", "c", "lr", "steps") and v is not None)
+    weights = "  ".join(f"{k} {v:.4g}" for k, v in vars(args).items() if k in ("alpha", "kappa", "eta", "c", "lr", "steps") and v is not None)
     print(f"base: {path}; sde {args.sde}, method {args.method}{', from scratch' * args.from_scratch}; {weights}")
     sde = c.SDES[args.sde]()
     adam = [torch.optim.Adam(net.parameters(), args.lr, betas=(0.9, 0.99), fused=True)]

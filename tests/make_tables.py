@@ -10,7 +10,8 @@ again by hand.  Nothing here is measured in another way than 03 does; only the S
 every run with one seed, are drawn once and kept in out/tables/.
 
 How the weights are chosen (group vp), alike for every method: three learning rates at the middle weight, then the paper's noise
-for D_f against ours, then the two other weights, all with seed 0; then two more seeds at the weight whose UR is nearest to 1 %.
+for D_f against ours, then the other retain loss, then the two other weights, all with seed 0; then two more seeds at the weight
+whose UR is nearest to 1 %.
 """
 import argparse
 import hashlib
@@ -30,7 +31,7 @@ import common as c
 OUT, TABLE = ROOT / "out" / "tables", ROOT / "assets" / "tables.json"
 # method: flag that weighs D_f, and three values of it, the weakest first
 WEIGHTS = {
-    "obt-rel": ("--alpha", (0.8, 0.7, 0.6)),
+    "obt-rel": ("--alpha", (0.7, 0.65, 0.6)),
     "obt": ("--alpha", (0.95, 0.9, 0.8)),
     "ort": ("--alpha", (0.98, 0.95, 0.9)),
     "ascent": ("--alpha", (0.97, 0.95, 0.9)),
@@ -102,26 +103,30 @@ def cost(r):
 
 
 def weigh(method, value):
-    flag = WEIGHTS[method][0]
-    return () if value is None else (flag, value)
+    """The flags that give a method its weight."""
+    return () if value is None else (WEIGHTS[method][0], value)
 
 
 def choose(method, **how):
     """The search of the docstring -> (flags that were chosen, weight nearest to UR 1 %), or None while runs are missing."""
     values, base = WEIGHTS[method][1], ("--forget", 3, "--method", method, "--steps", 200, "--batch-size", 64)
     middle = values[len(values) // 2]
-    runs = {lr: run(f"vp/{method}/{middle}/lr{lr:g}", *base, *weigh(method, middle), "--lr", lr, **how) for lr in RATES}
-    if None in runs.values():
+    tried = {}  # flags -> result, at the middle weight
+
+    def attempt(*more):
+        name = f"vp/{method}/{middle}/" + "-".join(str(m).lstrip("-") for m in more)
+        tried[more] = run(name, *base, *weigh(method, middle), *more, **how)
+        return tried[more] is not None
+
+    best_of = lambda: min(tried, key=lambda k: cost(tried[k]))
+    if not all([attempt("--lr", lr) for lr in RATES]):
         return None
-    lr = min(RATES, key=lambda k: cost(runs[k]))
-    noise = ()
-    if method not in ("unseen", "siss"):  # they have no noise of their own for D_f
-        other = run(f"vp/{method}/{middle}/lr{lr:g}/uniform", *base, *weigh(method, middle), "--lr", lr, "--uniform-t", **how)
-        if other is None:
-            return None
-        noise = ("--uniform-t",) if cost(other) < cost(runs[lr]) else ()
-    tail = f"lr{lr:g}" + "/uniform" * bool(noise)
-    flags = (*base, "--lr", lr, *noise)
+    if method not in ("unseen", "siss") and not attempt(*best_of(), "--uniform-t"):  # these have no noise of their own for D_f
+        return None
+    if method not in ("unseen", "siss") and not attempt(*best_of(), "--retain", "dsm" if method == "obt-rel" else "distill"):
+        return None
+    more = best_of()
+    tail, flags = "-".join(str(m).lstrip("-") for m in more), (*base, *more)
     found = {v: run(f"vp/{method}/{v}/{tail}", *flags, *weigh(method, v), **how) for v in values}
     if None in found.values():
         return None

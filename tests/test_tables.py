@@ -1,0 +1,55 @@
+"""tests/make_tables.py: chooses by the rule it states, keeps what is done, and interpolates right."""
+import json
+import math
+import runpy
+
+import pytest
+from conftest import ROOT
+
+
+@pytest.fixture
+def maker(tmp_path, monkeypatch):
+    """The module's names, its table and folders in tmp_path, common.sample_images put back afterwards."""
+    import common as c
+
+    monkeypatch.setattr(c, "sample_images", c.sample_images)
+    names = runpy.run_path(str(ROOT / "tests/make_tables.py"))
+    space = names["run"].__globals__
+    space.update(OUT=tmp_path / "runs", TABLE=tmp_path / "tables.json")
+    return space
+
+
+def test_choose_takes_the_best_rate_noise_and_weight(maker):
+    """A made-up world in which lr 3e-4 with the paper's noise is best, and alpha 0.8 is nearest to UR 1 %."""
+    asked = []
+
+    def run(name, *argv, quick=False, dry=False):
+        asked.append(name)
+        flags = dict(zip(argv, argv[1:]))
+        fd = 1 + abs(math.log(flags["--lr"] / 3e-4)) + (0.2 if "--uniform-t" not in argv else 0) + (0.5 if "distill" in argv else 0)
+        return dict(ur_after={0.95: 4.0, 0.9: 2.0, 0.8: 0.9}[flags["--alpha"]], fd_after=fd, fd_before=1.0)
+
+    maker["run"] = run
+    picked = maker["choose"]("obt")
+    assert picked["best"] == 0.8 and "--uniform-t" in picked["flags"] and "distill" not in picked["flags"]
+    assert picked["flags"][picked["flags"].index("--lr") + 1] == 3e-4
+    assert len(set(asked)) == 3 + 1 + 1 + 2  # rates, noise, retain loss, and the two other weights
+
+
+def test_a_finished_run_is_kept_and_not_repeated(maker, tmp_path, capsys):
+    argv = ("--forget", 3, "--method", "unseen", "--n", 10, "--nfe", 2)
+    maker["remember_base_samples"]()
+    (tmp_path / "runs").mkdir()
+    first = maker["run"]("group/one", *argv, quick=True)
+    table = json.loads((tmp_path / "tables.json").read_text())
+    assert table["group/one"]["ur_after"] == first["ur_after"] and "03_unlearn.py --dataset mnist --forget 3" in first["command"]
+    assert len(list((tmp_path / "runs").glob("before-*.pt"))) == 1
+    maker["runpy"] = None  # a second run would need it
+    assert maker["run"]("group/one", *argv, quick=True) == first and "done    group/one" in capsys.readouterr().out
+
+
+def test_fd_at_one_percent():
+    """Linear in ln UR: halfway between 0.5 and 2 %; none without a bracket."""
+    at = runpy.run_path(str(ROOT / "tests/make_tables.py"))["fd_at_one_percent"]
+    assert at([(2.0, 1.0), (0.5, 2.0)]) == pytest.approx(1.5)
+    assert at([(4.0, 1.0), (2.0, 2.0)]) is None

@@ -281,7 +281,7 @@ def main(argv=None):
         verdicts = {model: c.judge_images(judge, x) for model, x in {"clean": images, **out}.items()}
         results[name] = {m: measure(images, out.get(m, images), labels, v, n, hidden, real, clip) for m, v in verdicts.items()}
         print_table(name, results[name])
-        # Judged by and shown: the most noise at which Standard still gives back nine of ten images of D_g.
+        # Judged by and shown: the most noise at which Standard still gives back nine of ten images of D_g (or else the least noise).
         if not shown or name[:5] == "sigma" and results[name]["Standard"]["D_g"]["accuracy"] >= 90:
             shown = (name, out, verdicts)
 

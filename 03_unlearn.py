@@ -43,7 +43,8 @@ RECIPES = {
 }
 
 # Flags that only some methods have.
-BELONGS = dict(alpha=("ort", "obt", "obt-rel", "ascent"), kappa=("obt-rel",), eta=("erasediff",), c=("siss",), ort=("ort",), retain=[m for m in RECIPES if m != "siss"])
+BELONGS = dict(alpha=("ort", "obt", "obt-rel", "ascent"), kappa=("obt-rel",), eta=("erasediff",), c=("siss",), ort=("ort",))
+BELONGS["retain"] = [m for m in RECIPES if m != "siss"]
 
 # ---- arguments ---------------------------------------------------------------------------------------
 

@@ -116,7 +116,7 @@ def test_judge_quick(script, tmp_path):
     assert status == 0 and "test accuracy 9" in out and c.load_judge(tmp_path, "mnist") is not None
 
 
-@pytest.mark.parametrize("number", list(SCRIPTS))
+@pytest.mark.parametrize("number", [n for n in SCRIPTS if n <= "03"])  # 04 and 05 need a run of 03: see their own test files
 def test_each_script_as_a_process(number, tmp_path):
     extra = {"01": [], "03": ["--forget", "3"]}.get(number, ["--steps", "2"])
     run = subprocess.run([sys.executable, SCRIPTS[number], "--quick", "--out", tmp_path, *extra], capture_output=True, text=True, cwd=tmp_path)

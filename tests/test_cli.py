@@ -38,6 +38,7 @@ def test_unlearn_quick(script, tmp_path, method, sde):
     assert net.arch == base.arch and any(not torch.equal(a, b) for a, b in zip(net.parameters(), base.parameters()))
 
 
+@pytest.mark.slow
 def test_every_method_with_every_sde_gives_other_weights(script, tmp_path):
     """Seven methods and Ort's second reading, four SDEs: 32 runs, 32 different models."""
     seen = {}
@@ -77,7 +78,8 @@ def test_ddpm_forget_loss_is_applied(script, tmp_path):
     x_f = c.dequantize(test.images[test.labels == 3][:500])
     value = {}
     for method in ("ort", "unseen"):
-        argv = ("--forget", 3, "--method", method, "--sde", "ddpm", "--steps", 40, "--n", 10, "--nfe", 2, "--out", tmp_path)
+        argv = ("--forget", 3, "--method", method, "--sde", "ddpm", "--steps", 40, "--lr", 1e-3, "--uniform-t", "--n", 10, "--nfe", 2)
+        argv += ("--out", tmp_path, *(("--alpha", 0.5) if method == "ort" else ()))
         assert script("03", *QUICK, *argv)[0] == 0
         net = c.load_net(tmp_path / f"mnist/forget-3/{method}-ddpm/model.pt", "")
         torch.manual_seed(0)

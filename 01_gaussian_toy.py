@@ -51,8 +51,8 @@ class Toy:
         part = lambda m: c.GaussianMixture(means[m], covs[m], weights[m], sd)
         self.all, self.g, self.f = part(slice(None)), part(~is_f), part(is_f)
         self.is_f, self.pi_f, self.sd = is_f, weights[is_f].sum().item(), sd
-        # A sum over a lattice integrates a Gaussian up to 2 exp(-2 pi^2 / h^2), h its step in standard deviations: 1e-34 at h = 0.5.
-        self.h, reach = 0.5, means.abs().max() + 6
+        # A sum over a lattice integrates a Gaussian up to 2 exp(-2 pi^2 / h^2), h its step in standard deviations; ln p needs more, hence 0.25.
+        self.h, reach = 0.25, means.abs().max() + 6
         grid = torch.cartesian_prod(*[torch.arange(-reach, reach, self.h, dtype=torch.float64)] * 2)
         self.x = grid[(self.all.log_prob(grid).exp() > 1e-9)]
         self.p_g, self.p_f = self.g.log_prob(self.x).exp() * self.h**2, self.f.log_prob(self.x).exp() * self.h**2

@@ -82,7 +82,7 @@ def find_models(args, names, folder):
 
 def kept(desk, name, key, cost, compute):
     """compute(label) -> dict, or what an earlier run left in kept/ with the same key.  cost: network evaluations, for the ETA."""
-    path, todo = desk.folder / "kept" / f"{name}.pt", desk.todo
+    path, todo = c.make_folder(desk.folder / "kept") / f"{name}.pt", desk.todo
     try:
         content = torch.load(path, weights_only=True)
         if content["key"] == key:
@@ -230,7 +230,8 @@ def pictures(out, names, drawn, forget, classes):
     for ax, name, count in zip(axes, names, counts):
         ax.bar(classes, count, color=["#d05050" if i in forget else "#7090c0" for i in range(len(classes))])
         ax.step(classes, counts[0], where="mid", color="black", lw=1), ax.set_ylabel(name, fontsize=7, rotation=0, ha="right")
-    fig.suptitle("samples of each class; black: Standard", fontsize=9), fig.savefig(out / "classes.png", dpi=110, bbox_inches="tight"), plt.close(fig)
+    axes[0].set_title("samples of each class; black: Standard", fontsize=9)
+    fig.savefig(out / "classes.png", dpi=110, bbox_inches="tight"), plt.close(fig)
 
 
 def plot_attack(path, rows, floor):
@@ -257,7 +258,6 @@ def main(argv=None):
     names, torch.backends.cudnn.allow_tf32 = [data.classes[i] for i in forget], False  # a likelihood needs all 24 bits
     folder = Path(args.out) / args.dataset / f"forget-{'-'.join(names)}"
     models, judge = find_models(args, names, folder), c.load_judge(args.out, args.dataset, args.device)
-    c.make_folder(folder / "kept")
     print(f"{len(models)} models: {' '.join(m.name for m in models)}; {args.sde}, {c.SAMPLER}, n = {args.n}, judge and noise the same for all")
     draws, solves = args.n * args.nfe, dict(none=0, bound=args.levels, ode=args.levels + 8 * args.rk4)[args.nll] * 2 * n
     todo = dict(total=len(models) * (draws + solves) + (len(models) - 1) * len(ks) * draws, done=0, start=time.time())

@@ -13,7 +13,7 @@ from conftest import SCRIPTS, load_script
 
 import common as c
 
-FORGET = ("--dataset", "mnist", "--quick", "--forget", 3, "--n", 20, "--nfe", 2)
+FORGET = ("--dataset", "mnist", "--quick", "--forget", 3, "--n", 20, "--nfe", 2, "--n-nll", 3)
 FILES = {"table.md", "table.json", "samples.png", "classes.png"}
 
 
@@ -46,13 +46,13 @@ def test_coverage_sees_a_lost_mode_and_density_sees_rubbish(evaluate):
 @pytest.mark.parametrize("shape", [(2,), (1, 2, 1)])
 def test_nll_bound_is_exact_for_an_exact_score(evaluate, gaussian, shape):
     """E_z[-ln p(x + sigma z)] of a Gaussian is -ln N(x; m, C) + sigma^2 tr(C^-1)/2, C = S + sigma^2 I; at typical points and far out."""
-    sigma, n = 0.05, 20000
+    sigma, n = 0.05, 5000
     cov = gaussian.covs[0] + sigma**2 * torch.eye(2, dtype=torch.float64)
     for point in ([0.4, -0.7], [1.0, 1.0], [-2.0, 0.5]):
         x = torch.tensor(point, dtype=torch.float64).reshape(1, *shape)
         got = evaluate.nll_bound(gaussian, x.expand(n, *shape), sigma, levels=32, generator=c.rng(0))
         want = -gaussian.log_prob(x, torch.tensor([sigma], dtype=torch.float64)) + sigma**2 / 2 * torch.linalg.inv(cov).trace()
-        assert got.shape == (n,) and abs(got.mean() - want) < 4 * got.std() / n**0.5 and got.std() / n**0.5 < 0.03
+        assert got.shape == (n,) and abs(got.mean() - want) < 4 * got.std() / n**0.5 and got.std() / n**0.5 < 0.06
 
 
 def test_a_wrong_score_raises_the_bound(evaluate, gaussian):
@@ -71,12 +71,14 @@ def test_likelihoods_of_two_sets(evaluate, tmp_path):
     (tmp_path / "kept").mkdir()
     desk = evaluate.Desk(args, tmp_path, c.VP(), None, [], [], None, None, dict(total=1, done=0, start=0))
     got = evaluate.likelihoods(desk, evaluate.Model("gauss", net, {}, "x"), x.reshape(2 * n, 1, 4, 4), 1)
-    for part, want in zip("gf", exact.split(n)):
-        nats, bits = got[f"ode_nats_{part}"], got[f"ode_bits_{part}"]
-        assert nats["mean"] == pytest.approx(want.mean().item(), abs=0.5)  # one probe an image: 16 numbers, so a noisy trace
-        assert nats["se"] == pytest.approx(want.std().item() / n**0.5, rel=0.25)
-        assert bits["mean"] == pytest.approx(nats["mean"] / (16 * math.log(2)) + 7) and bits["se"] == pytest.approx(nats["se"] / (16 * math.log(2)))
-        assert got[f"bound_nats_{part}"]["mean"] == pytest.approx(want.mean().item(), abs=4 * 12 / n**0.5)
+    kept = torch.load(tmp_path / "kept/gauss.nll.pt", weights_only=True)
+    for kind, noise in (("ode", 0.4), ("bound", 1.3)):  # standard errors: of one probe an image, of 64 draws of z an image
+        for part, want, values in zip("gf", exact.split(n), kept[kind].split(n)):
+            nats, bits = got[f"{kind}_nats_{part}"], got[f"{kind}_bits_{part}"]
+            assert nats["mean"] == pytest.approx(want.mean().item(), abs=4 * noise)
+            assert nats["se"] == pytest.approx(values.std().item() / n**0.5) and nats["mean"] == pytest.approx(values.mean().item())
+            assert bits["mean"] == pytest.approx(nats["mean"] / (16 * math.log(2)) + 7)
+            assert bits["se"] == pytest.approx(nats["se"] / (16 * math.log(2)))
     assert got["ode_nats_f"]["mean"] > got["ode_nats_g"]["mean"] + 3 and 0 < got["ode_error_bits"] < 0.01
 
 
@@ -137,7 +139,7 @@ def test_what_is_written(finished):
     rows = {row["model"]: row for row in result["models"]}
     assert list(rows) == ["standard", "unseen-3", "obt-rel-vp", "ort-ve"] and rows["ort-ve"]["method"] == "ort" and rows["ort-ve"]["sde"] == "ve"
     for row in rows.values():
-        assert sum(row["class_counts"]) == result["n"] == 20 and row["ur"] == pytest.approx(100 * row["class_counts"][3] / 20)
+        assert sum(row["class_counts"]) == result["n"] == 20 and result["n_nll"] == 3 and row["ur"] == pytest.approx(100 * row["class_counts"][3] / 20)
         assert row["ur_interval"][0] <= row["ur"] <= row["ur_interval"][1] and 0 <= row["coverage"] <= 1 and row["ode_bits_g"]["se"] > 0
     # The same noise, images and probes for all: a copy of Standard has Standard's numbers.
     standard, same, other = rows["standard"], rows["obt-rel-vp"], rows["ort-ve"]
@@ -172,17 +174,19 @@ def test_only_what_changed_is_measured_again(script, copy, monkeypatch):
     assert old[:3] == new[:3] and old[3] != new[3]
 
 
-@pytest.mark.parametrize("flag", [("--sde", "ve"), ("--n", 30), ("--nfe", 3), ("--n-nll", 3), ("--seed", 1), ("--nll", "bound")])
-def test_no_flag_is_ignored(script, copy, flag):
+@pytest.mark.parametrize("flag, moved", [(("--sde", "ve"), "both"), (("--seed", 1), "both"), (("--nfe", 3, "--n", 24), "fd")])
+def test_no_flag_is_ignored(script, copy, flag, moved):
+    """Each changes what it should: the samples, the likelihood or both; and only that."""
     shutil.rmtree(copy / "mnist/forget-3/ort-ve"), shutil.rmtree(copy / "mnist/unseen-3")
     read = lambda: json.loads((copy / "mnist/forget-3/table.json").read_text())["models"][0]
     before = read()
     assert script("04", *FORGET, *flag, "--out", copy)[0] == 0
-    assert {k: v for k, v in before.items() if k != "seconds"} != {k: v for k, v in read().items() if k != "seconds"}
+    assert before["fd"] != read()["fd"] and (before["ode_nats_g"] != read()["ode_nats_g"]) == (moved == "both")
 
 
 def test_an_interrupted_run_keeps_what_is_finished_and_the_old_table(script, copy, monkeypatch):
     folder = copy / "mnist/forget-3"
+    shutil.rmtree(copy / "mnist/unseen-3")
     before = {name: (folder / name).read_bytes() for name in FILES}
     real, calls = c.ode_log_likelihood, []
 
@@ -203,9 +207,10 @@ def test_fid_asks_torch_fidelity_for_the_right_thing(script, copy, monkeypatch, 
     asked = []
     fake = types.SimpleNamespace(__spec__=object(), calculate_metrics=lambda **k: asked.append(k) or {"frechet_inception_distance": 12.5})
     monkeypatch.setitem(sys.modules, "torch_fidelity", fake)
-    (tmp_path / "weights.pth").write_bytes(b"")
-    status, out, _ = script("04", *FORGET, "--nll", "none", "--fid", "--inception-weights", tmp_path / "weights.pth", "--out", copy)
-    assert status == 0 and len(asked) == 5 and all(a["fid"] and a["feature_extractor_weights_path"] == str(tmp_path / "weights.pth") for a in asked)
+    (tmp_path / "weights.pth").write_bytes(b"")  # never read: the package is a stand-in
+    weights = tmp_path / "weights.pth"
+    status, out, _ = script("04", *FORGET, "--nll", "none", "--fid", "--inception-weights", weights, "--out", copy)
+    assert status == 0 and len(asked) == 5 and all(a["fid"] and a["feature_extractor_weights_path"] == str(weights) for a in asked)
     assert all(x.shape == (3, 28, 28) and x.dtype == torch.uint8 for a in asked for x in (a["input1"][0], a["input2"][0]))
     rows = json.loads((copy / "mnist/forget-3/table.json").read_text())["models"]
     kept = 20 - rows[0]["class_counts"][3]

@@ -36,8 +36,8 @@ import common as c
 def arguments(argv):
     p = c.parser(__doc__)
     p.add_argument("--sde", choices=["any", *c.SDES], default="any", help="noise seen in training; any: one model for all of them")
-    p.add_argument("--log-sigma", type=float, nargs=2, default=(-1.0, 1.4), help="--sde any: mean and std of ln sigma")
-    p.add_argument("--wide", type=c.number(float, 0, 1), default=0.1, help="--sde any: share of ln sigma drawn uniformly instead")
+    p.add_argument("--log-sigma", type=float, nargs=2, default=c.TRAIN_NOISE[:2], help="--sde any: mean and std of ln sigma")
+    p.add_argument("--wide", type=c.number(float, 0, 1), default=c.TRAIN_NOISE[2], help="--sde any: share of ln sigma drawn uniformly instead")
     p.add_argument("--ema", type=c.number(float, 0, 0.99999), default=0.9995, help="decay of the weight average")
     p.add_argument("--resume", action="store_true", help="go on from base.pt")
     p.add_argument("--save-every", type=c.number(int, 1), default=1000)
@@ -93,7 +93,7 @@ def measure_base(args):
     train, test = (c.load_dataset(args.dataset, args.data_dir, part) for part in (True, False))
     real = c.judge_images(judge, train.images[:5000] if args.quick else train.images).features
     fake = c.sample_images(net, args.n, train.images.shape[1:], c.VP(), args.seed, device=args.device)
-    print(f"{path}, n = {args.n}, {c.SAMPLER}\n{'':9}FD       judge unsure, %")
+    print(f"{path}, n = {args.n}, {c.VP.sampler}\n{'':9}FD       judge unsure, %")
     for name, images in (("model", fake), ("real", test.images[torch.randperm(len(test.images), generator=c.rng(args.seed))[: args.n]])):
         m = c.measure(c.judge_images(judge, images), [], real, len(train.classes))
         print(f"{name:8}{m['fd']:7.3f}  {m['low_confidence']:6.2f}     classes {m['class_counts']}")
@@ -163,8 +163,7 @@ def main(argv=None):
         (is_f, ids), (test_f, _) = (c.split_forget(part, args.without) for part in (data, test))
         data, test = (part._replace(images=part.images[~m], labels=part.labels[~m]) for part, m in ((data, is_f), (test, test_f)))
         args.method, args.forget, file = "unseen", [data.classes[i] for i in ids], "model.pt"
-        folder = f"forget-{'-'.join(args.forget)}/unseen-{args.sde}-scratch" + (f"-s{args.seed}" if args.seed else "")
-        out = c.make_folder(out / folder)
+        out = c.make_folder(c.forget_folder(args.out, args.dataset, args.forget) / c.run_name("unseen", args.sde, True, args.seed))
     held_out = c.dequantize(test.images[:500]).to(args.device)
     print(f"data: {len(data.images):,} images of {tuple(data.images.shape[1:])}" + (f", without {' '.join(args.forget)}" if args.without else ""))
 

@@ -24,7 +24,6 @@ import copy
 import json
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -79,8 +78,7 @@ def arguments(argv):
     recipe = dict(retain="dsm", log_sigma=(0.0, 0.7), uniform_t=False, alpha=None, kappa=None, eta=None, c=None) | RECIPES[args.method]
     if args.from_scratch:
         recipe |= dict(steps=3000, lr=8e-3, ema=0.999)
-    nfe = 50 if args.sde == "ddpm" else 20  # ancestral sampling keeps all the noise it adds: it needs more steps
-    full = dict(steps=200, batch_size=64, n=2000, nfe=nfe, ema=0.98) | recipe
+    full = dict(steps=200, batch_size=64, n=2000, nfe=c.SDES[args.sde].nfe, ema=0.98) | recipe
     return c.finish_args(args, full=full, quick=dict(steps=5, batch_size=16, n=60, nfe=6))
 
 
@@ -95,6 +93,8 @@ def forget_times(args, sde, n):                                                 
 
 def forget_loss(args, net, base, sde, x_f):                                                               # <-- 03
     """L_f of the chosen method on a batch of D_f -> (B,)."""
+    if args.method == "unseen":
+        return torch.zeros(len(x_f), device=x_f.device)
     t = forget_times(args, sde, len(x_f))
     if args.method == "ort":
         return c.ort_loss(net, sde, x_f, t, inner=args.ort == "inner")
@@ -103,23 +103,26 @@ def forget_loss(args, net, base, sde, x_f):                                     
     return {"obt": c.obt_loss, "ascent": c.ascent_loss, "erasediff": c.erasediff_loss}[args.method](net, sde, x_f, t)
 
 
-def objective(args, net, base, sde, x_g, x_f):                                                     # <-- 03
+def retain_loss(args, net, base, sde, x_g):                                                               # <-- 03
+    """L_g on a batch of D_g -> (B,)."""
+    if args.from_scratch:  # a random network has all noise levels to learn: 02's noise and weight
+        return c.dsm_loss(net, sde, x_g, c.lognormal_t(len(x_g), sde, *c.TRAIN_NOISE, args.device), weight="v")
+    t = c.uniform_t(len(x_g), sde, args.device)
+    return c.distill_loss(net, base, sde, x_g, t) if args.retain == "distill" else c.dsm_loss(net, sde, x_g, t)
+
+
+def objective(args, net, base, sde, x_g, x_f):                                                            # <-- 03
     """-> the loss to step on, L_g, L_f."""
     if args.method == "siss":
-        loss_g, loss_f = (loss.mean() for loss in c.siss_losses(net, sde, x_g, x_f, forget_times(args, sde, len(x_f))))
+        both = c.siss_losses(net, sde, x_g, x_f, forget_times(args, sde, len(x_f)))
     else:
-        if args.retain == "distill":
-            loss_g = c.distill_loss(net, base, sde, x_g, c.uniform_t(len(x_g), sde, args.device)).mean()
-        elif args.from_scratch:  # a random network has all noise levels to learn: 02's noise and weight
-            loss_g = c.dsm_loss(net, sde, x_g, c.lognormal_t(len(x_g), sde, -1.0, 1.4, 0.1, args.device), weight="v").mean()
-        else:
-            loss_g = c.dsm_loss(net, sde, x_g, c.uniform_t(len(x_g), sde, args.device)).mean()
-        loss_f = forget_loss(args, net, base, sde, x_f).mean() if args.method != "unseen" else torch.zeros_like(loss_g)
+        both = retain_loss(args, net, base, sde, x_g), forget_loss(args, net, base, sde, x_f)
+    loss_g, loss_f = (loss.mean() for loss in both)
     if args.method in ("erasediff", "siss"):
         g, f = c.flat_grad(loss_g, net), c.flat_grad(loss_f, net)
         weight = c.erasediff_weight(g, f, args.eta) if args.method == "erasediff" else -args.c / f.norm()
         return c.linear_loss(net, g + weight * f), loss_g, loss_f
-    alpha = 1.0 if args.method == "unseen" else args.alpha
+    alpha = 1.0 if args.alpha is None else args.alpha  # unseen: L_g alone
     return alpha * loss_g + (1 - alpha) * loss_f, loss_g, loss_f  # the paper's objective
 
 
@@ -145,7 +148,7 @@ def report(args, before, after, judge, images_g, test_g, forget, classes, second
     print(f"class counts before {b['class_counts']}\n             after  {a['class_counts']}")
     return dict(
         method=args.method, sde=args.sde, forget=[classes[i] for i in forget], alpha=args.alpha,
-        steps=args.steps, n=args.n, sampler="ancestral" if args.sde == "ddpm" else c.SAMPLER, nfe=args.nfe,
+        steps=args.steps, n=args.n, sampler=c.SDES[args.sde].sampler, nfe=args.nfe,
         ur_before=b["ur"], ur_after=a["ur"], ur_interval=a["ur_interval"], ur_floor=floor["ur"],
         fd_before=b["fd"], fd_after=a["fd"], fd_floor=floor["fd"],
         low_confidence_before=b["low_confidence"], low_confidence_after=a["low_confidence"], low_confidence_floor=floor["low_confidence"],
@@ -206,9 +209,8 @@ def main(argv=None):
     print(f"forgetting {names}: {len(images_f):,} images; keeping {len(images_g):,}")
     if args.method == "obt-rel":
         print("obt-rel: ours, not the paper's; the paper's: --method ort | obt")
-
-    if args.method == "obt-rel" and args.alpha is None:  # kappa = (1-alpha) pi_g / (2 alpha pi_f), solved for alpha
-        args.alpha = 1 / (1 + 2 * args.kappa * len(images_f) / len(images_g))
+        if args.alpha is None:  # kappa = (1-alpha) pi_g / (2 alpha pi_f), solved for alpha
+            args.alpha = 1 / (1 + 2 * args.kappa * len(images_f) / len(images_g))
 
     # ---- model: a copy of the Standard model, which itself stays as obt-rel's reference                 # <-- 03
     path, make = c.find_base(args.out, args.dataset)
@@ -221,9 +223,8 @@ def main(argv=None):
     adam = [torch.optim.Adam(net.parameters(), args.lr, betas=(0.9, 0.99), fused=True)]
     optimizers, ema = c.muon_and_adam(net, args.lr) if args.from_scratch else adam, c.EMA(net, args.ema)
     shape = images_g.shape[1:]
-    folder = Path(args.out) / args.dataset / f"forget-{'-'.join(data.classes[i] for i in forget)}"
-    name = "ort-inner" if args.ort == "inner" else args.method
-    folder = folder / (f"{name}-{args.sde}" + "-scratch" * args.from_scratch + (f"-s{args.seed}" if args.seed else ""))
+    name = c.run_name("ort-inner" if args.ort == "inner" else args.method, args.sde, args.from_scratch, args.seed)
+    folder = c.forget_folder(args.out, args.dataset, [data.classes[i] for i in forget]) / name
 
     with c.fresh_folder(folder) as out:
         x_before, before = draw(base, "samples before", args, sde, judge, shape)
@@ -234,7 +235,7 @@ def main(argv=None):
             net.train()
             c.set_lr(optimizers, step, args.steps, warmup=20)
             x_g, x_f = (c.dequantize(x[torch.randint(len(x), (args.batch_size,))]).to(args.device) for x in (images_g, images_f))  # <-- 03
-            loss, loss_g, loss_f = objective(args, net, base, sde, x_g, x_f)                      # <-- 03
+            loss, loss_g, loss_f = objective(args, net, base, sde, x_g, x_f)                              # <-- 03
             skipped = c.guarded_step(loss, net, optimizers, skipped)
             ema.update(net)
             rows.append((loss_g.detach(), loss_f.detach()))

@@ -52,7 +52,7 @@ def arguments(argv):
         c.die("--fid needs one package more: pip install torch-fidelity (or drop --fid: FD needs nothing)")
     if args.inception_weights and not Path(args.inception_weights).is_file():
         c.die(f"--inception-weights {args.inception_weights} not found; drop the flag and torch-fidelity downloads the file")
-    full = dict(n=2000, nfe=20, n_nll=128, rk4=30, levels=64, steps=50, batch_size=64, lr=3e-4)
+    full = dict(n=2000, nfe=c.SDES[args.sde].nfe, n_nll=128, rk4=30, levels=64, steps=50, batch_size=64, lr=3e-4)
     return c.finish_args(args, full, quick=dict(n=60, nfe=6, n_nll=4, rk4=3, levels=8, steps=3, batch_size=8))
 
 
@@ -64,20 +64,15 @@ Desk = namedtuple("Desk", "args folder sde judge forget classes images_g real to
 def find_models(args, names, folder):
     """Standard, Unseen from scratch where there is one, and every finished run of 03 -> list of Model; exits when none has run."""
     make = f"python 03_unlearn.py --dataset {args.dataset} --forget {' '.join(names)}" + (f" --out {args.out}" if args.out != "out" else "")
-    # A run in progress lives in a hidden folder until it has ended (common.fresh_folder), and glob does see hidden names.
-    runs = sorted(p for p in folder.glob("*/model.pt") if not p.parent.name.startswith("."))
+    runs = c.find_runs(folder, make)
     if not runs:
         c.die(f"no unlearned model in {folder}; make one with: {make}")
     base, train = c.find_base(args.out, args.dataset)
-    unseen = sorted(p for ending in ("*.pt", "*/base.pt", "*/model.pt") for p in folder.parent.glob(f"unseen-{'-'.join(names)}{ending}"))
-    models, found = [], [("standard", base, train)] + [(p.parent.name, p, make) for p in runs]
-    found[1:1] = [(p.relative_to(folder.parent).parts[0].removesuffix(".pt"), p, f"{train} --without {' '.join(names)}") for p in unseen]
-    for name, path, command in found:
-        trained = c.load_checkpoint(path, command).get("args", {})
-        if sorted(map(str, trained.get("without") or names)) == sorted(names):  # unseen-3-7 begins like unseen-3
-            net = c.load_net(path, command, args.device).requires_grad_(False)
-            models.append(Model(name, net, trained, hashlib.sha256(path.read_bytes()).hexdigest()))
-    return models
+    found = [("standard", base, train, {})]
+    # Unseen comes first: it is what forgetting is compared with.
+    found += [(p.parent.name, p, make, runs[p]) for p in sorted(runs, key=lambda p: (runs[p]["method"] != "unseen", p))]
+    load = lambda path, command: c.load_net(path, command, args.device).requires_grad_(False)
+    return [Model(name, load(path, command), trained, hashlib.sha256(path.read_bytes()).hexdigest()) for name, path, command, trained in found]
 
 
 def kept(desk, name, key, cost, compute):
@@ -156,7 +151,7 @@ def sample(desk, model, name="samples", tune=None, **key):
         images = c.sample_images(net, a.n, shape, desk.sde, a.seed, a.nfe, device=a.device, label=label)
         return dict(images=images, seconds=time.time() - t0)
 
-    key = dict(weights=model.digest, sampler=c.SAMPLER, sde=a.sde, n=a.n, nfe=a.nfe, seed=a.seed, **key)
+    key = dict(weights=model.digest, sampler=desk.sde.sampler, sde=a.sde, n=a.n, nfe=a.nfe, seed=a.seed, **key)
     drawn = kept(desk, f"{model.name}.{name}", key, a.n * a.nfe, compute)
     return dict(drawn, verdict=c.judge_images(desk.judge, drawn["images"]))
 
@@ -193,7 +188,7 @@ def relearn(net, images, steps, batch, lr, seed):
     for step in range(steps):
         c.set_lr([adam], step, steps, warmup=5)
         x0 = c.dequantize(images[torch.randint(len(images), (batch,))]).to(device)
-        loss = c.dsm_loss(net, c.WIDE, x0, c.lognormal_t(batch, c.WIDE, -1.0, 1.4, 0.1, device), weight="v").mean()
+        loss = c.dsm_loss(net, c.WIDE, x0, c.lognormal_t(batch, c.WIDE, *c.TRAIN_NOISE, device), weight="v").mean()
         skipped = c.guarded_step(loss, net, [adam], skipped)
     return net.requires_grad_(False).eval()
 
@@ -256,9 +251,9 @@ def main(argv=None):
     x = c.dequantize(torch.cat([some(test_g, n), some(test_f, n)])).to(args.device)  # seeded by finish_args: the same in every run
     # ---- models
     names, torch.backends.cudnn.allow_tf32 = [data.classes[i] for i in forget], False  # a likelihood needs all 24 bits
-    folder = Path(args.out) / args.dataset / f"forget-{'-'.join(names)}"
+    folder = c.forget_folder(args.out, args.dataset, names)
     models, judge = find_models(args, names, folder), c.load_judge(args.out, args.dataset, args.device)
-    print(f"{len(models)} models: {' '.join(m.name for m in models)}; {args.sde}, {c.SAMPLER}, n = {args.n}, judge and noise the same for all")
+    print(f"{len(models)} models: {' '.join(m.name for m in models)}; {args.sde}, {c.SDES[args.sde].sampler}, n = {args.n}, judge and noise the same for all")
     draws, solves = args.n * args.nfe, dict(none=0, bound=args.levels, ode=args.levels + 8 * args.rk4)[args.nll] * 2 * n
     todo = dict(total=len(models) * (draws + solves) + (len(models) - 1) * len(ks) * draws, done=0, start=time.time())
     desk = Desk(args, folder, c.SDES[args.sde](), judge, forget, data.classes, images_g, c.judge_images(judge, images_g).features, todo)
@@ -282,7 +277,7 @@ def main(argv=None):
             attacked.append(dict(model=m.name, k=k, **measures(desk, d, drawn[0])))
     # ---- outputs: all of them, or none
     with c.fresh_folder(folder / "kept" / "new") as out:
-        settings = dict(forget=names, sde=args.sde, sampler=c.SAMPLER, nfe=args.nfe, n=args.n, n_nll=n, seed=args.seed)
+        settings = dict(forget=names, sde=args.sde, sampler=desk.sde.sampler, nfe=args.nfe, n=args.n, n_nll=n, seed=args.seed)
         (out / "table.md").write_text(text)
         (out / "table.json").write_text(json.dumps(dict(settings, judge_recall=recall, real=real, models=rows), indent=1))
         pictures(out, [m.name for m in models], drawn, forget, data.classes)

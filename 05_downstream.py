@@ -100,15 +100,8 @@ def pc_inpaint(net, sde, x0, hidden, steps=1000, snr=0.16, sigma_min=0.01, gener
     """
     noise = lambda: c.randn(x0.shape, generator, x0.device).to(x0)
     paste = lambda x, t: torch.where(hidden, x, c.bcast(sde.s(t), x) * x0 + c.bcast(sde.std(t), x) * noise())
-    grid = torch.linspace(sde.T, sde.t_min(sigma_min), steps + 1).to(x0)[:, None].expand(-1, len(x0))
-    x = paste(sde.prior(x0.shape, generator, x0.device).to(x0), grid[0])
-    for t, t_next in zip(grid[:-1], grid[1:]):
-        a = c.bcast(sde.s(t) / sde.s(t_next), x)
-        b2 = c.bcast(sde.std(t) ** 2, x) - a**2 * c.bcast(sde.std(t_next) ** 2, x)
-        eps = 2 * a**2 * (snr * c.bcast(sde.std(t), x)) ** 2
-        x = paste(x + eps * c.score_fn(net, sde, x, t) + torch.sqrt(2 * eps) * noise(), t)
-        x = paste((2 - a) * x + b2 * c.score_fn(net, sde, x, t) + torch.sqrt(b2) * noise(), t_next)
-    return c.predict(net, x / c.bcast(sde.s(grid[-1]), x), sde.sigma(grid[-1]))[0]
+    x = paste(sde.prior(x0.shape, generator, x0.device).to(x0), torch.full((len(x0),), sde.T).to(x0))
+    return c.pc_sample(net, sde, x, steps, "reverse_diffusion", snr=snr, sigma_min=sigma_min, generator=generator, after=paste)
 
 
 @torch.no_grad()
@@ -186,9 +179,9 @@ def measure(images, out, labels, verdict, n, hidden, real, clip=None):
 def find_runs(args, names):
     """-> the folder of 03's finished runs, {row: network}: Standard, the paper's methods in its order, then any others."""
     base, make_base = c.find_base(args.out, args.dataset)
-    folder, make = Path(args.out) / args.dataset / f"forget-{'-'.join(names)}", f"python 03_unlearn.py --dataset {args.dataset} --forget"
-    make, paths = " ".join([make, *names]), folder.glob("[!.]*/model.pt")  # a name that begins with a dot has not finished
-    method = {p: c.load_checkpoint(p, make, ("arch", "ema", "args"))["args"]["method"] for p in paths}
+    folder, make = c.forget_folder(args.out, args.dataset, names), f"python 03_unlearn.py --dataset {args.dataset} --forget"
+    make = " ".join([make, *names])
+    method = {p: trained["method"] for p, trained in c.find_runs(folder, make).items()}
     have, missing = {p.parent.name for p in method}, [m for m in PAPER if m not in method.values()]
     if not have or not set(args.runs or have) <= have:
         c.die(f"no {'such --runs' if have else 'unlearned model'} in {folder} (there: {', '.join(sorted(have)) or 'nothing'}); make one with: {make}")

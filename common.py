@@ -16,7 +16,7 @@ Contents
     9  Samplers               pc_sample, heun_solve, ode_sample, dpmpp_sample, sample_images
    10  Likelihood             ode_log_likelihood, bits_per_dim
    11  Judge and measures     Judge, judge_images, frechet_distance, measure
-   12  Checkpoints, folders   save_checkpoint, load_checkpoint, find_base, fresh_folder
+   12  Checkpoints, folders   save_checkpoint, load_checkpoint, find_base, find_runs, fresh_folder
    13  Pictures               tile, loss_by_noise
    14  Command line           parser, finish_args
 
@@ -142,10 +142,10 @@ class SDE:
 
     s and std say everything: with sigma = std/s,  f = (s'/s) x  and  g^2 = s^2 d(sigma^2)/dt  (Karras et al. 2022, eq. 4).
     A subclass gives s, std, beta-like rates in closed form and time_of(sigma).  t runs from 0 (data) to T = 1 (noise), shape (B,).
-    No tables: a table has a length, a device and an off-by-one; a formula has none.
     """
 
     T = 1.0
+    sampler, nfe = "sde-dpm++2m", 20  # what sample_images draws with: the name that results carry, and evaluations that are enough
 
     def sigma(self, t):
         """Noise-to-signal ratio std/s: the clock that all SDEs share."""
@@ -254,6 +254,7 @@ class DDPM(SDE):
     beta_k runs from 1e-4 to 0.02 in a line; s = prod_i sqrt(1 - beta_i), s^2 + std^2 = 1.  VP is its limit of infinitely many
     steps.  Any t is read as the nearest k.  It has no drift and diffusion: sample it with pc_sample's "ancestral".
     """
+    sampler, nfe = "ancestral", 50  # it keeps all the noise that it adds, and needs more steps for that
 
     def __init__(self, steps=1000, beta_min=1e-4, beta_max=0.02):
         beta = torch.linspace(beta_min, beta_max, steps, dtype=torch.float64)
@@ -280,6 +281,7 @@ class DDPM(SDE):
 SDES = {"ve": VE, "vp": VP, "subvp": SubVP, "ddpm": DDPM}
 # The base model is trained on this wider VE clock: it covers every SDE above (VP ends at sigma = 152) and the likelihood floor.
 WIDE = VE(0.001, 160.0)
+TRAIN_NOISE = (-1.0, 1.4, 0.1)  # mean, std and uniform share for lognormal_t with which a network learns all its levels; see 02
 
 
 # ==== 4  The circle: one network for every SDE ========================================================
@@ -493,8 +495,7 @@ def distill_loss(net, base, sde, x0, t):
     is Unseen, and only what is above it pushes.
     """
     x_hat, _, z_hat = noised(net, sde, x0, t)
-    with torch.no_grad():
-        z_base = predict(base, x_hat, sde.sigma(t))[1]
+    z_base = torch.no_grad()(predict)(base, x_hat, sde.sigma(t))[1]
     return flat_mean((z_hat - z_base) ** 2)
 
 
@@ -531,8 +532,7 @@ def obt_rel_loss(net, base, sde, x0, t):
     the score of D_g alone, guided away from D_f.  It is ESD (Gandikota et al. 2023) for a model that has no condition.
     """
     x_hat, z, z_hat = noised(net, sde, x0, t)
-    with torch.no_grad():
-        z_base = predict(base, x_hat, sde.sigma(t))[1]
+    z_base = torch.no_grad()(predict)(base, x_hat, sde.sigma(t))[1]
     return flat_mean(z_hat * (z - z_base))
 
 
@@ -627,8 +627,7 @@ class Muon(torch.optim.Optimizer):
 def muon_and_adam(net, lr, lr_muon=0.02):
     """Muon for the convolutions inside the U-Net, Adam for everything else -> [optimizer, optimizer]."""
     inside = [w for k, w in net.named_parameters() if w.ndim == 4 and not k.startswith(("stem", "head"))]
-    ids = {id(w) for w in inside}
-    rest = [w for w in net.parameters() if id(w) not in ids]
+    rest = [w for w in net.parameters() if not any(w is v for v in inside)]
     return [Muon(inside, lr_muon), torch.optim.Adam(rest, lr, betas=(0.9, 0.99), fused=True)]
 
 
@@ -670,15 +669,16 @@ def guarded_step(loss, net, optimizers, skipped, clip=1.0):
 
 # ==== 9  Samplers =====================================================================================
 @torch.no_grad()
-def pc_sample(net, sde, x, steps=1000, predictor="reverse_diffusion", corrector=True, snr=0.16, sigma_min=0.01, generator=None):
+def pc_sample(net, sde, x, steps=1000, predictor="reverse_diffusion", corrector=True, snr=0.16, sigma_min=0.01, generator=None, after=None):
     """Predictor-corrector sampling in the SDE's own clock (Song et al. 2021, Alg. 1), from x = sde.prior(...) to x0_hat.
 
     predictor: "euler_maruyama", "reverse_diffusion" or "ancestral".  corrector: one Langevin step a level.  NFE is
     2 steps + 1 with the corrector.  Every image has its own step sizes: image i does not depend on its batch mates.
+    after(x, t) -> x, if given, has the last word after each of the two: inpainting puts the known pixels back.
     """
     if predictor not in ("euler_maruyama", "reverse_diffusion", "ancestral"):
         raise ValueError(f"unknown predictor {predictor!r}")
-    grid = torch.linspace(sde.T, sde.t_min(sigma_min), steps + 1, device=x.device)
+    grid, after = torch.linspace(sde.T, sde.t_min(sigma_min), steps + 1, device=x.device), after or (lambda x, t: x)
     for t0, t1 in zip(grid[:-1], grid[1:]):
         t, t_next = t0.expand(len(x)), t1.expand(len(x))
         # The forward step t_next -> t is exactly x_t = a x_{t_next} + b n.
@@ -687,7 +687,7 @@ def pc_sample(net, sde, x, steps=1000, predictor="reverse_diffusion", corrector=
         if corrector:
             # Song's step, eps = 2 alpha (snr |noise|/|score|)^2, with the norms at their expectation |score| = |noise|/std.
             eps = 2 * a**2 * (snr * bcast(sde.std(t), x)) ** 2
-            x = x + eps * score_fn(net, sde, x, t) + torch.sqrt(2 * eps) * randn(x.shape, generator, x.device)
+            x = after(x + eps * score_fn(net, sde, x, t) + torch.sqrt(2 * eps) * randn(x.shape, generator, x.device), t)
         score, n = score_fn(net, sde, x, t), randn(x.shape, generator, x.device)
         if predictor == "euler_maruyama":
             g2, dt = bcast(sde.diffusion(t) ** 2, x), t0 - t1
@@ -697,6 +697,7 @@ def pc_sample(net, sde, x, steps=1000, predictor="reverse_diffusion", corrector=
         else:  # the exact posterior mean and variance of x_{t_next} given x_t and x0_hat
             var = b2 * bcast((sde.std(t_next) / sde.std(t)) ** 2, x)
             x = (x + b2 * score) / a + torch.sqrt(var) * n
+        x = after(x, t_next)
     t = grid[-1].expand(len(x))
     return predict(net, x / bcast(sde.s(t), x), sde.sigma(t))[0]
 
@@ -748,9 +749,6 @@ def dpmpp_sample(net, noise, sigmas, eta=0.0, generator=None):
         d_old, h_old = d, h
 
 
-SAMPLER = "sde-dpm++2m"  # the name results carry
-
-
 def sample_images(net, n, shape, sde, seed, nfe=20, eta=1.0, sigma_max=80.0, batch=250, device="cpu", label="sampling"):
     """n bytes images (n, *shape), shape (C, H, W), with dpmpp_sample, DDPM by ancestral sampling; prints progress.
 
@@ -760,7 +758,7 @@ def sample_images(net, n, shape, sde, seed, nfe=20, eta=1.0, sigma_max=80.0, bat
     sigmas, out, t0 = karras_sigmas(nfe, min(sigma_max, sde.sigma_max())), [], time.time()
     for k in range(-(-n // batch)):
         noise = randn((batch, *shape), rng(seed, k), device)  # always a whole chunk: image i does not depend on n
-        if isinstance(sde, DDPM):
+        if sde.sampler == "ancestral":
             x = pc_sample(net, sde, noise, nfe - 1, "ancestral", corrector=False, generator=rng(seed, k, 1))
         else:
             x = dpmpp_sample(net, noise, sigmas, eta, rng(seed, k, 1))
@@ -947,8 +945,8 @@ def load_checkpoint(path, make, keys=("arch", "ema")):
 
 def load_net(path, make, device="cpu"):
     """The EMA network of a checkpoint, with the architecture stored in it, in eval mode."""
+    content = load_checkpoint(path, make)
     try:
-        content = load_checkpoint(path, make)
         net = UNet(**content["arch"])
         net.load_state_dict(content["ema"])
     except (RuntimeError, TypeError) as e:
@@ -962,6 +960,13 @@ def find_base(out, dataset):
     return (own if own.exists() or not shipped.exists() else shipped), f"python 02_train_sde.py --dataset {dataset}"
 
 
+def find_runs(folder, make):
+    """The finished runs of 02 and 03 in a forget_folder -> {path of model.pt: the args it was made with}, sorted; maybe none."""
+    # A run in progress lives in a hidden folder until it has ended (fresh_folder), and glob does see hidden names.
+    paths = sorted(p for p in Path(folder).glob("*/model.pt") if not p.parent.name.startswith("."))
+    return {p: load_checkpoint(p, make, ("arch", "ema", "args"))["args"] for p in paths}
+
+
 def load_judge(out, dataset, device="cpu"):
     """The judge, found like the base model."""
     own, shipped = Path(out) / dataset / "judge.pt", HERE / "data" / f"{dataset}_judge.pt"
@@ -970,6 +975,16 @@ def load_judge(out, dataset, device="cpu"):
     judge = Judge(**content["arch"])
     judge.load_state_dict(content["model"])
     return judge.to(device).eval()
+
+
+def forget_folder(out, dataset, names):
+    """Where all that concerns one forget set lies: out/<dataset>/forget-<names>."""
+    return Path(out) / dataset / f"forget-{'-'.join(names)}"
+
+
+def run_name(method, sde, scratch, seed):
+    """The folder of one run in there: <method>-<sde>[-scratch][-s<seed>]."""
+    return f"{method}-{sde}" + "-scratch" * scratch + (f"-s{seed}" if seed else "")
 
 
 def make_folder(path):
@@ -1035,7 +1050,6 @@ def loss_by_noise(net, x0, edges=(0.001, 0.02, 0.1, 0.5, 2.0, 10.0, 160.0), seed
 # ==== 14  Command line ================================================================================
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line."""
-
     def error(self, message):
         die(f"{message} (try --help)")
 

@@ -243,7 +243,7 @@ def benchmark_training(args, arch, images):
 
     def step():
         x0 = c.dequantize(images[torch.randint(len(images), (64,))]).to(args.device)
-        loss = c.dsm_loss(net, c.WIDE, x0, c.lognormal_t(64, c.WIDE, -1.0, 1.4, 0.1, args.device), weight="v").mean()
+        loss = c.dsm_loss(net, c.WIDE, x0, c.lognormal_t(64, c.WIDE, *c.TRAIN_NOISE, args.device), weight="v").mean()
         c.guarded_step(loss, net, optimizers, 0)
         ema.update(net)
 

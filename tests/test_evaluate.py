@@ -119,8 +119,8 @@ def finished(tmp_path_factory, evaluate):
     save_model(folder / "obt-rel-vp/model.pt", 1.0, method="obt-rel", sde="vp", seed=0)  # equal to Standard on purpose
     save_model(folder / "ort-ve/model.pt", 1.3, method="ort", sde="ve", seed=0)
     save_model(folder / ".obt-vp.tmp123/model.pt", method="obt")  # a run in progress
-    save_model(root / "unseen-3/base.pt", 0.9, **{"without": ["3"]})
-    save_model(root / "unseen-3-7/base.pt", 0.9, **{"without": ["3", "7"]})
+    save_model(folder / "unseen-any-scratch/model.pt", 0.9, method="unseen", sde="any", seed=0)  # as 02 --without 3 leaves it
+    save_model(root / "forget-3-7/unseen-any-scratch/model.pt", 0.9, method="unseen")
     save_model(root / "forget-7/obt-vp/model.pt", method="obt")
     evaluate.main([str(a) for a in (*FORGET, "--relearn", 2, "--out", out)])
     return out
@@ -137,7 +137,7 @@ def test_what_is_written(finished):
     assert FILES | {"relearn.json", "relearn.png"} == {p.name for p in folder.iterdir() if p.is_file()}
     result = json.loads((folder / "table.json").read_text())
     rows = {row["model"]: row for row in result["models"]}
-    assert list(rows) == ["standard", "unseen-3", "obt-rel-vp", "ort-ve"] and rows["ort-ve"]["method"] == "ort" and rows["ort-ve"]["sde"] == "ve"
+    assert list(rows) == ["standard", "unseen-any-scratch", "obt-rel-vp", "ort-ve"] and rows["ort-ve"]["method"] == "ort" and rows["ort-ve"]["sde"] == "ve"
     for row in rows.values():
         assert sum(row["class_counts"]) == result["n"] == 20 and result["n_nll"] == 3 and row["ur"] == pytest.approx(100 * row["class_counts"][3] / 20)
         assert row["ur_interval"][0] <= row["ur"] <= row["ur_interval"][1] and 0 <= row["coverage"] <= 1 and row["ode_bits_g"]["se"] > 0
@@ -153,7 +153,7 @@ def test_what_is_written(finished):
 def test_the_attack(finished):
     folder = finished / "mnist/forget-3"
     rows, table = json.loads((folder / "relearn.json").read_text())["rows"], json.loads((folder / "table.json").read_text())["models"]
-    assert [(r["model"], r["k"]) for r in rows] == [(m, k) for m in ("unseen-3", "obt-rel-vp", "ort-ve") for k in (0, 2)]
+    assert [(r["model"], r["k"]) for r in rows] == [(m, k) for m in ("unseen-any-scratch", "obt-rel-vp", "ort-ve") for k in (0, 2)]
     assert [r["ur"] for r in rows if r["k"] == 0] == [r["ur"] for r in table[1:]]
     images = lambda name: torch.load(folder / f"kept/obt-rel-vp.{name}.pt", weights_only=True)["images"]
     assert not torch.equal(images("samples"), images("relearn-2"))
@@ -167,9 +167,9 @@ def test_only_what_changed_is_measured_again(script, copy, monkeypatch):
     monkeypatch.setattr(c, "sample_images", lambda *a, **k: calls.append(1) or real(*a, **k))
     assert script("04", *FORGET, "--out", copy)[0] == 0 and not calls and (folder / "table.json").read_text() == before
     save_model(folder / "ort-ve/model.pt", 1.2, method="ort", sde="ve", seed=0)
-    (folder / "kept/unseen-3.nll.pt").write_bytes(b"damaged")
+    (folder / "kept/unseen-any-scratch.nll.pt").write_bytes(b"damaged")
     status, out, _ = script("04", *FORGET, "--out", copy)
-    assert status == 0 and len(calls) == 1 and "unseen-3.nll" in out and "standard.nll" not in out
+    assert status == 0 and len(calls) == 1 and "unseen-any-scratch.nll" in out and "standard.nll" not in out
     old, new = (json.loads(text)["models"] for text in (before, (folder / "table.json").read_text()))
     assert old[:3] == new[:3] and old[3] != new[3]
 
@@ -177,7 +177,7 @@ def test_only_what_changed_is_measured_again(script, copy, monkeypatch):
 @pytest.mark.parametrize("flag, moved", [(("--sde", "ve"), "both"), (("--seed", 1), "both"), (("--nfe", 3, "--n", 24), "fd")])
 def test_no_flag_is_ignored(script, copy, flag, moved):
     """Each changes what it should: the samples, the likelihood or both; and only that."""
-    shutil.rmtree(copy / "mnist/forget-3/ort-ve"), shutil.rmtree(copy / "mnist/unseen-3")
+    shutil.rmtree(copy / "mnist/forget-3/ort-ve"), shutil.rmtree(copy / "mnist/forget-3/unseen-any-scratch")
     read = lambda: json.loads((copy / "mnist/forget-3/table.json").read_text())["models"][0]
     before = read()
     assert script("04", *FORGET, *flag, "--out", copy)[0] == 0
@@ -186,7 +186,7 @@ def test_no_flag_is_ignored(script, copy, flag, moved):
 
 def test_an_interrupted_run_keeps_what_is_finished_and_the_old_table(script, copy, monkeypatch):
     folder = copy / "mnist/forget-3"
-    shutil.rmtree(copy / "mnist/unseen-3")
+    shutil.rmtree(copy / "mnist/forget-3/unseen-any-scratch")
     before = {name: (folder / name).read_bytes() for name in FILES}
     real, calls = c.ode_log_likelihood, []
 

@@ -68,7 +68,7 @@ def find_models(args, names, folder):
     if not runs:
         c.die(f"no unlearned model in {folder}; make one with: {make}")
     base, train = c.find_base(args.out, args.dataset)
-    found = [("standard", base, train, {})]
+    found = [("standard", base, train, c.load_checkpoint(base, train).get("args", {}))]
     # Unseen comes first: it is what forgetting is compared with.
     found += [(p.parent.name, p, make, runs[p]) for p in sorted(runs, key=lambda p: (runs[p]["method"] != "unseen", p))]
     load = lambda path, command: c.load_net(path, command, args.device).requires_grad_(False)

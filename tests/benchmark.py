@@ -56,6 +56,11 @@ def arguments(argv):
     )
 
 
+def weights_digest(net):
+    """A name for the weights of a network, for what is kept of it on disk."""
+    return hashlib.sha256(b"".join(w.detach().cpu().numpy().tobytes() for w in net.parameters())).hexdigest()[:12]
+
+
 def write_json(path, content):
     """Whole or not at all: a run that is stopped leaves the old file."""
     tmp = c.make_folder(path.parent) / f".{path.name}.tmp"
@@ -147,8 +152,7 @@ def samplers(args):
 def draw(args, net, name, run, seed, shape, chunk=125):
     """args.n byte images of one sampler and seed.  Every chunk is kept as soon as it is there: PC takes minutes for one."""
     # The weights are in the folder's name: another base model must not find these images.
-    weights = hashlib.sha256(b"".join(w.cpu().numpy().tobytes() for w in net.parameters())).hexdigest()[:8]
-    parts, folder = [], c.make_folder(Path(args.out) / args.dataset / f"samplers-{weights}")
+    parts, folder = [], c.make_folder(Path(args.out) / args.dataset / f"samplers-{weights_digest(net)}")
     for k in range(-(-args.n // chunk)):
         size = min(chunk, args.n - k * chunk)
         path = folder / f"{name}-steps{args.pc_steps}-seed{seed}-chunk{k}-of{size}.pt"

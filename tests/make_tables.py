@@ -14,7 +14,6 @@ for D_f against ours, then the other retain loss, then the two other weights, al
 whose UR is nearest to 1 %.
 """
 import argparse
-import hashlib
 import json
 import math
 import runpy
@@ -27,11 +26,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import common as c
+from benchmark import weights_digest, write_json  # beside this file
 
 OUT, TABLE = ROOT / "out" / "tables", ROOT / "assets" / "tables.json"
 # method: flag that weighs D_f, and three values of it, the weakest first
 WEIGHTS = {
-    "obt-rel": ("--alpha", (0.7, 0.65, 0.6)),
+    "obt-rel": ("--kappa", (2.0, 2.5, 3.0)),
     "obt": ("--alpha", (0.95, 0.9, 0.8)),
     "ort": ("--alpha", (0.98, 0.95, 0.9)),
     "ascent": ("--alpha", (0.97, 0.95, 0.9)),
@@ -40,24 +40,21 @@ WEIGHTS = {
     "unseen": (None, (None,)),
 }
 RATES = (1e-4, 3e-4, 1e-3)
-# The poster's MNIST rows (VE): UR in percent for forgetting 3, 7, and 3 and 7.
-POSTER = {"standard": (11.0, None, 15.8), "best MSGM": (0.4, 0.8, 1.2)}
 
 
 # ---- running and keeping -----------------------------------------------------------------------------
 
 
 def load():
+    """The table so far: {name: dict(command, the run's figures)}."""
     return json.loads(TABLE.read_text()) if TABLE.exists() else {}
 
 
 def keep(name, command, result):
-    """Add one finished run to assets/tables.json, whole or not at all."""
-    table = load()
-    table[name] = dict(command=command, **result)
-    tmp = TABLE.with_suffix(".tmp")
-    tmp.write_text(json.dumps(dict(sorted(table.items())), indent=0))
-    tmp.replace(TABLE)
+    """Add one finished run to the table -> its entry."""
+    entry = dict(command=command, **result)
+    write_json(TABLE, dict(sorted({**load(), name: entry}.items())))
+    return entry
 
 
 def remember_base_samples():
@@ -67,8 +64,7 @@ def remember_base_samples():
     def sample_images(net, n, shape, sde, seed, nfe=20, **more):
         if "before" not in more.get("label", ""):
             return draw(net, n, shape, sde, seed, nfe, **more)
-        weights = hashlib.sha256(b"".join(w.detach().cpu().numpy().tobytes() for w in net.parameters())).hexdigest()[:12]
-        path = OUT / f"before-{weights}-{type(sde).__name__}-{n}-{seed}-{nfe}.pt"
+        path = OUT / f"before-{weights_digest(net)}-{type(sde).__name__}-{n}-{seed}-{nfe}.pt"
         if not path.exists():
             c.save_checkpoint(path, images=draw(net, n, shape, sde, seed, nfe, **more))
         return torch.load(path, weights_only=True)["images"]
@@ -82,7 +78,8 @@ def run(name, *argv, quick=False, dry=False):
     if known or dry:
         print(f"{'done   ' if known else 'missing'} {name}")
         return known
-    argv = ["--dataset", "mnist", *(str(a) for a in argv), *(["--quick"] if quick else [])]
+    tiny = "--quick --steps 3 --batch-size 8".split() if quick else []  # at the end: of a flag given twice the last counts
+    argv = ["--dataset", "mnist", *(str(a) for a in argv), *tiny]
     command = " ".join(["python 03_unlearn.py", *argv])
     print(f"\n=== {name}: {command}", flush=True)
     folder = OUT / name.replace("/", "-")
@@ -90,8 +87,7 @@ def run(name, *argv, quick=False, dry=False):
     (path,) = folder.glob("mnist/*/*/result.json")
     result = json.loads(path.read_text())
     result.pop("args")
-    keep(name, command, result)
-    return load()[name]
+    return keep(name, command, result)
 
 
 # ---- the groups --------------------------------------------------------------------------------------
@@ -107,9 +103,15 @@ def weigh(method, value):
     return () if value is None else (WEIGHTS[method][0], value)
 
 
+def setting(method, forget=(3,), steps=200):
+    """The flags that say what is forgotten, and for how long."""
+    return ("--forget", *forget, "--method", method, "--steps", steps, "--batch-size", 64)
+
+
 def choose(method, **how):
-    """The search of the docstring -> (flags that were chosen, weight nearest to UR 1 %), or None while runs are missing."""
-    values, base = WEIGHTS[method][1], ("--forget", 3, "--method", method, "--steps", 200, "--batch-size", 64)
+    """The search of the docstring -> dict(flags that were chosen, best: the weight nearest to UR 1 %, tail: of the names), or None
+    while runs are missing."""
+    values, base = WEIGHTS[method][1], setting(method)
     middle = values[len(values) // 2]
     tried = {}  # flags -> result, at the middle weight
 
@@ -125,9 +127,9 @@ def choose(method, **how):
         return None
     if method not in ("unseen", "siss") and not attempt(*best_of(), "--retain", "dsm" if method == "obt-rel" else "distill"):
         return None
-    more = best_of()
-    tail, flags = "-".join(str(m).lstrip("-") for m in more), (*base, *more)
-    found = {v: run(f"vp/{method}/{v}/{tail}", *flags, *weigh(method, v), **how) for v in values}
+    flags = best_of()
+    tail = "-".join(str(m).lstrip("-") for m in flags)
+    found = {v: run(f"vp/{method}/{v}/{tail}", *base, *weigh(method, v), *flags, **how) for v in values}
     if None in found.values():
         return None
     best = min(values, key=lambda v: abs(math.log(max(found[v]["ur_after"], 0.05))))
@@ -140,62 +142,55 @@ def group_vp(**how):
         picked = choose(method, **how)
         for seed in (1, 2) if picked else ():
             name = f"vp/{method}/{picked['best']}/{picked['tail']}/s{seed}"
-            run(name, *picked["flags"], *weigh(method, picked["best"]), "--seed", seed, **how)
+            run(name, *setting(method), *weigh(method, picked["best"]), *picked["flags"], "--seed", seed, **how)
 
 
-def chosen(method, steps, sde, forget, **how):
-    """Flags of a method at the weight chosen in group vp, for another setting; None while group vp is not done."""
-    how = dict(how, dry=True)
-    picked = choose(method, **how)
+def chosen(method):
+    """The flags and the weight chosen for a method in group vp; None while that is not done."""
+    picked = choose(method, dry=True)
     if picked is None:
-        print(f"missing vp/{method}: run --only vp first")
-        return None
-    flags = [str(f) for f in picked["flags"]]
-    flags[flags.index("--forget") : flags.index("--method")] = ["--forget", *forget]
-    flags[flags.index("--steps") + 1] = str(steps)
-    return (*flags, *weigh(method, picked["best"]), "--sde", sde)
+        return print(f"missing vp/{method}: run --only vp first")
+    return (*weigh(method, picked["best"]), *picked["flags"])
 
 
 def group_long(**how):
     """Does quality hold at five times the steps?  Obt-rel, ascent and SISS."""
     for method in ("obt-rel", "ascent", "siss"):
-        flags = chosen(method, 1000, "vp", ["3"], **how)
+        flags = chosen(method)
         for seed in (0, 1, 2) if flags else ():
-            run(f"long/{method}/s{seed}", *flags, "--seed", seed, **how)
+            run(f"long/{method}/s{seed}", *setting(method, steps=1000), *flags, "--seed", seed, **how)
 
 
 def group_ve(**how):
     """The poster's MNIST rows: VE, forget 3, 7, and 3 and 7."""
-    for forget in (["3"], ["7"], ["3", "7"]):
-        for method in WEIGHTS:
-            flags = chosen(method, 200, "ve", forget, **how)
-            if flags:
-                run(f"ve/{'-'.join(forget)}/{method}", *flags, **how)
+    for method in WEIGHTS:
+        flags = chosen(method)
+        for forget in ((3,), (7,), (3, 7)) if flags else ():
+            run(f"ve/{'-'.join(map(str, forget))}/{method}", *setting(method, forget), *flags, "--sde", "ve", **how)
 
 
 def group_ddpm(**how):
     """The 1000-step chain, ancestral sampling in 50."""
     for method in ("obt-rel", "obt", "ort", "unseen", "erasediff"):
-        flags = chosen(method, 200, "ddpm", ["3"], **how)
+        flags = chosen(method)
         if flags:
-            run(f"ddpm/{method}", *flags, **how)
+            run(f"ddpm/{method}", *setting(method), *flags, "--sde", "ddpm", **how)
 
 
 def group_scratch(**how):
     """The paper's Table 1 setting: random weights, 3000 steps, both losses from the first on."""
     for method in ("unseen", "ort", "obt"):
-        flag, values = WEIGHTS[method]
-        for value in values:
+        for value in WEIGHTS[method][1]:
             run(f"scratch/{method}/{value}", "--forget", 3, "--method", method, "--from-scratch", *weigh(method, value), **how)
 
 
-def networks(prefix, **how):
+def networks(prefix):
     """The Standard model and every finished model of a group whose weights still lie in out/tables -> {name: network}."""
     nets = {"standard": c.load_net(*c.find_base(OUT, "mnist"))}
     for name in load():
         found = list((OUT / name.replace("/", "-")).glob("mnist/*/*/model.pt"))
         if name.startswith(prefix) and found:
-            nets[name.removeprefix(prefix)] = c.load_net(found[0], "python tests/make_tables.py --only ve")
+            nets[name.removeprefix(prefix)] = c.load_net(found[0], f"python tests/make_tables.py --only {name.split('/')[0]}")
     return nets
 
 
@@ -214,10 +209,10 @@ def group_nll(quick=False, dry=False):
         if name in load() or dry:
             print(f"{'done   ' if name in load() else 'missing'} {name}")
             continue
-        result = {}
-        for key, x in zip(("g", "f"), test_images(2 if quick else 128)):
-            steps = dict(steps=2 if quick else 30)
-            v = c.bits_per_dim(torch.cat([c.ode_log_likelihood(net, c.VE(), x_, c.rademacher_probes(x_, 1, c.rng(1)), **steps) for x_ in x.split(64)]), 784)
+        n, steps, result = (2, 2, {}) if quick else (128, 30, {})
+        nats = lambda x: c.ode_log_likelihood(net, c.VE(), x, c.rademacher_probes(x, 1, c.rng(1)), steps)
+        for key, x in zip(("g", "f"), test_images(n)):
+            v = c.bits_per_dim(torch.cat([nats(part) for part in x.split(64)]), x[0].numel())
             result.update({f"bpd_{key}": v.mean().item(), f"error_{key}": (v.std() / math.sqrt(len(v))).item()})
         keep(name, "python tests/make_tables.py --only nll", result)
         print(name, result, flush=True)
@@ -237,36 +232,41 @@ GROUPS = dict(vp=group_vp, long=group_long, ve=group_ve, ddpm=group_ddpm, scratc
 # ---- tables and figure -------------------------------------------------------------------------------
 
 
-def row(name, r):
-    low, high = r["ur_interval"]
-    return (
-        f"| {name} | {r['ur_after']:.2f} ({low:.1f}-{high:.1f}) | {r['fd_after']:.2f} | x{r['fd_after'] / r['fd_before']:.2f} "
-        f"| {r['class_min_ratio']:.2f} | {r['low_confidence_after']:.1f} | {r['seconds']:.0f} |"
-    )
+def run_lines(rows):
+    """A group of runs of 03 -> lines of Markdown."""
+    any_row = next(iter(rows.values()))
+    yield f"Standard: UR {any_row['ur_before']:.2f} %, FD {any_row['fd_before']:.2f}\n"
+    yield "| run | UR % (95 %) | FD | FD / Standard's | class_min_ratio | unsure % | s |\n|---|---|---|---|---|---|---|"
+    for name, r in rows.items():
+        low, high = r["ur_interval"]
+        yield (
+            f"| {name} | {r['ur_after']:.2f} ({low:.1f}-{high:.1f}) | {r['fd_after']:.2f} | x{r['fd_after'] / r['fd_before']:.2f} "
+            f"| {r['class_min_ratio']:.2f} | {r['low_confidence_after']:.1f} | {r['seconds']:.0f} |"
+        )
+
+
+def nll_lines(rows):
+    """Likelihoods -> lines of Markdown."""
+    yield "| model | D_g | D_f |\n|---|---|---|"
+    for name, r in rows.items():
+        yield f"| {name} | {r['bpd_g']:.3f} +- {r['error_g']:.3f} | {r['bpd_f']:.3f} +- {r['error_f']:.3f} |"
+
+
+def noise_lines(rows):
+    """Losses by noise level, D_g / D_f -> lines of Markdown."""
+    bins = next(iter(rows.values()))["g"]
+    yield "| model | " + " | ".join(f"sigma {a:g}-{b:g}" for a, b, _ in bins) + " |\n" + "|---" * (len(bins) + 1) + "|"
+    for name, r in rows.items():
+        yield f"| {name} | " + " | ".join(f"{g[2]:.3f} / {f[2]:.3f}" for g, f in zip(r["g"], r["f"])) + " |"
 
 
 def tables(table):
     """All finished runs as Markdown, one table a group."""
-    for group in GROUPS:
+    for group, fill in GROUPS.items():
         rows = {k[len(group) + 1 :]: r for k, r in table.items() if k.startswith(group + "/")}
-        if not rows:
-            continue
-        any_row = next(iter(rows.values()))
-        print(f"\n### {group}: {GROUPS[group].__doc__}\n")
-        if group == "nll":
-            print("| model | D_g | D_f |\n|---|---|---|")
-            for name, r in rows.items():
-                print(f"| {name} | {r['bpd_g']:.3f} +- {r['error_g']:.3f} | {r['bpd_f']:.3f} +- {r['error_f']:.3f} |")
-            continue
-        if group == "noise":
-            print("| model | " + " | ".join(f"sigma {a:g}-{b:g}" for a, b, _ in any_row["g"]) + " |\n" + "|---" * 7 + "|")
-            for name, r in rows.items():
-                print(f"| {name} | " + " | ".join(f"{g[2]:.3f} / {f[2]:.3f}" for g, f in zip(r["g"], r["f"])) + " |")
-            continue
-        print(f"Standard: UR {any_row['ur_before']:.2f} %, FD {any_row['fd_before']:.2f}\n")
-        print("| run | UR % (95 %) | FD | FD / Standard's | class_min_ratio | unsure % | s |\n|---|---|---|---|---|---|---|")
-        for name, r in rows.items():
-            print(row(name, r))
+        if rows:
+            print(f"\n### {group}: {fill.__doc__}\n")
+            print(*dict(nll=nll_lines, noise=noise_lines).get(group, run_lines)(rows), sep="\n")
 
 
 def fd_at_one_percent(points):

@@ -1,6 +1,6 @@
 """03  Unlearn: teach the Standard model of 02 to stop drawing some classes and to keep drawing the others.
 
-    python 03_unlearn.py --dataset mnist --forget 3                     # 3 minutes on 2 CPU cores, nothing to download
+    python 03_unlearn.py --dataset mnist --forget 3                     # 4 minutes on 2 CPU cores, nothing to download
     python 03_unlearn.py --dataset mnist --forget 3 7 --sde ve          # two classes; another noise process, same checkpoint
     python 03_unlearn.py --dataset mnist --forget 3 --method ort        # the paper's methods: ort, obt
     python 03_unlearn.py --dataset mnist --forget 3 --method siss       # rivals: unseen, erasediff, ascent, siss

@@ -1,6 +1,6 @@
 """01  Three Gaussians: what unlearning can and cannot do, with exact answers.
 
-    python 01_gaussian_toy.py                  # about a minute on 2 CPU cores, no data; writes out/toy/
+    python 01_gaussian_toy.py                  # two minutes on 2 CPU cores, no data; writes out/toy/
     python 01_gaussian_toy.py --means -3 0  0 0  3 0  0 3 --weights 3 1 3 2 --forget 1        # your own mixture
 
 Question: a score model learned p = .4 N((-2,-2), I) + .2 N(0, I) + .4 N((2,2), I).  It must forget the middle one, D_f, and keep

@@ -170,8 +170,7 @@ def frontier(toy):
 
 def table_row(toy, method, alpha, exact, nets, args):
     """One row of the table: the exact optimum, then, except for ascent, a network trained with the loss and added to nets."""
-    e_g, e_f, e_share, _ = exact
-    row = dict(method=method, alpha=alpha, exact_g=unit(e_g), exact_f=unit(e_f), ur_exact=e_share)
+    row = dict(method=method, alpha=alpha, exact_g=unit(exact[0]), exact_f=unit(exact[1]), ur_exact=exact[2])
     row.update(dict.fromkeys(("learned_g", "learned_f", "ur_learned", "max_abs", "field_error")))
     row.update(zip(("poster_g", "poster_f"), POSTER.get(method, (None, None))))
     if method == "ascent":

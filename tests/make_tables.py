@@ -2,6 +2,7 @@
 
     python tests/make_tables.py                    # all groups: hours on 2 CPU cores; a finished run is never repeated
     python tests/make_tables.py --only vp          # one group: vp, long, ve, ddpm, scratch, nll, noise
+    python tests/make_tables.py --only vp/ort      # one row of it: a method
     python tests/make_tables.py --only vp --list   # what is done and what is missing; runs nothing
     python tests/make_tables.py --draw             # only the tables and the figure, from assets/tables.json
 
@@ -136,9 +137,9 @@ def choose(method, **how):
     return dict(flags=flags, best=best, tail=tail)
 
 
-def group_vp(**how):
+def group_vp(methods=tuple(WEIGHTS), **how):
     """Every method, VP, forget 3, 200 steps of 64 + 64 images."""
-    for method in WEIGHTS:
+    for method in methods:
         picked = choose(method, **how)
         for seed in (1, 2) if picked else ():
             name = f"vp/{method}/{picked['best']}/{picked['tail']}/s{seed}"
@@ -153,33 +154,33 @@ def chosen(method):
     return (*weigh(method, picked["best"]), *picked["flags"])
 
 
-def group_long(**how):
+def group_long(methods=("obt-rel", "ascent", "siss"), **how):
     """Does quality hold at five times the steps?  Obt-rel, ascent and SISS."""
-    for method in ("obt-rel", "ascent", "siss"):
+    for method in methods:
         flags = chosen(method)
         for seed in (0, 1, 2) if flags else ():
             run(f"long/{method}/s{seed}", *setting(method, steps=1000), *flags, "--seed", seed, **how)
 
 
-def group_ve(**how):
+def group_ve(methods=tuple(WEIGHTS), **how):
     """The poster's MNIST rows: VE, forget 3, 7, and 3 and 7."""
-    for method in WEIGHTS:
+    for method in methods:
         flags = chosen(method)
         for forget in ((3,), (7,), (3, 7)) if flags else ():
             run(f"ve/{'-'.join(map(str, forget))}/{method}", *setting(method, forget), *flags, "--sde", "ve", **how)
 
 
-def group_ddpm(**how):
+def group_ddpm(methods=("obt-rel", "obt", "ort", "unseen", "erasediff"), **how):
     """The 1000-step chain, ancestral sampling in 50."""
-    for method in ("obt-rel", "obt", "ort", "unseen", "erasediff"):
+    for method in methods:
         flags = chosen(method)
         if flags:
             run(f"ddpm/{method}", *setting(method), *flags, "--sde", "ddpm", **how)
 
 
-def group_scratch(**how):
+def group_scratch(methods=("unseen", "ort", "obt"), **how):
     """The paper's Table 1 setting: random weights, 3000 steps, both losses from the first on."""
-    for method in ("unseen", "ort", "obt"):
+    for method in methods:
         for value in WEIGHTS[method][1]:
             run(f"scratch/{method}/{value}", "--forget", 3, "--method", method, "--from-scratch", *weigh(method, value), **how)
 
@@ -300,7 +301,7 @@ def figure(table, path):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--only", choices=list(GROUPS), help="one group")
+    p.add_argument("--only", metavar="GROUP[/METHOD]", default="", help=f"one of: {', '.join(GROUPS)}; of a group of runs also one method: {', '.join(WEIGHTS)}")
     p.add_argument("--list", action="store_true", help="show what is done and what is missing")
     p.add_argument("--draw", action="store_true", help="tables and figure of what is done")
     p.add_argument("--quick", action="store_true", help="the same path with tiny runs, into a table of its own")
@@ -310,9 +311,12 @@ def main(argv=None):
         TABLE = OUT / "quick.json"
     OUT.mkdir(parents=True, exist_ok=True)
     remember_base_samples()
-    for name in [args.only] if args.only else GROUPS:
+    group, _, method = args.only.partition("/")
+    if group not in ("", *GROUPS) or method not in ("", *WEIGHTS) or method and group in ("", "nll", "noise"):
+        c.die(f"--only {args.only}: choose a group from: {', '.join(GROUPS)}; after a slash a method from: {', '.join(WEIGHTS)}")
+    for name in [group] if group else GROUPS:
         if not args.draw:
-            GROUPS[name](quick=args.quick, dry=args.list)
+            GROUPS[name](**(dict(methods=(method,)) if method else {}), quick=args.quick, dry=args.list)
     if not args.list:
         tables(load())
         for method, fd in figure(load(), OUT / "tradeoff.png" if args.quick else ROOT / "assets" / "tradeoff.png").items():

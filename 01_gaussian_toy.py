@@ -17,7 +17,6 @@ Expect: learned Standard and Unseen within 0.06 of the exact numbers; the middle
 """
 import json
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -132,7 +131,8 @@ def train(toy, method, alpha, steps, base=None, batch=1024):
             x_f = toy.f.sample(batch).float()
             loss_f = {"ort": c.ort_loss, "obt": lambda *a: c.obt_loss(*a, floor=None), "obt-rel": lambda n, *a: c.obt_rel_loss(n, base, *a)}
             loss = alpha * c.dsm_loss(net, sde, x_g, t).mean() + (1 - alpha) * loss_f[method](net, sde, x_f, t).mean()
-        skipped = c.guarded_step(loss, net, optimizers, skipped)
+        loss.backward()
+        skipped = c.guarded_step(net, optimizers, skipped)
         ema.update(net)
     return ema.net
 
@@ -291,7 +291,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    c.run(main)
 
 # Predict, then run:
 #   1. Unseen never saw the middle.  Why does it still put 8 % of its samples there, and what would 0 % cost?

@@ -5,6 +5,8 @@
     python 03_unlearn.py --dataset mnist --forget 3 --method ort        # the paper's methods: ort, obt
     python 03_unlearn.py --dataset mnist --forget 3 --method siss       # rivals: unseen, erasediff, ascent, siss
     python 03_unlearn.py --dataset mnist --forget 3 --method obt --from-scratch       # both losses from the first step on
+    python 03_unlearn.py --dataset cifar10 --forget dog                 # a GPU and a base model of 02 needed
+    python 03_unlearn.py --dataset celeba --forget bangs                # a feature: any of 40 attributes, or not_ before it
 
 Question: how do you take away one class from a model that has no notion of classes?
 Answer:   minimise  alpha L_g + (1 - alpha) L_f.  L_g is score matching on the data D_g to keep; L_f turns the score on the data
@@ -22,7 +24,6 @@ Predict, then run:
 """
 import copy
 import json
-import sys
 import time
 
 import numpy as np
@@ -32,7 +33,7 @@ import common as c
 
 # Where to start with each method on the MNIST base; README says what each gives.  Every entry is a flag.
 RECIPES = {
-    "obt-rel": dict(kappa=3.0, lr=1e-3, retain="distill"),  # kappa, not alpha: one strength for small and for large forget sets
+    "obt-rel": dict(kappa=2.8, lr=1e-3, retain="distill"),  # kappa, not alpha: one strength for small and for large forget sets
     "obt": dict(alpha=0.9, lr=3e-4),
     "ort": dict(alpha=0.9, lr=3e-4),
     "unseen": dict(lr=3e-4),  # L_g alone: what forgetting does by itself
@@ -72,13 +73,17 @@ def arguments(argv):
         c.die("--method obt-rel compares with a Standard model by construction: leave out --from-scratch, or take --method ort | obt")
     if args.from_scratch and args.retain == "distill":
         c.die("--retain distill keeps what a Standard model says: leave out --from-scratch, or take --retain dsm")
+    if args.grad_accum > 1 and args.method in ("erasediff", "siss"):
+        c.die(f"--grad-accum: {args.method} weighs the gradients of a whole batch; take a smaller --batch-size, or more processes")
     for flag, methods in BELONGS.items():
         if getattr(args, flag) is not None and args.method not in methods:
             c.die(f"--{flag} has no part in --method {args.method}; it belongs to --method {' | '.join(methods)}")
     recipe = dict(retain="dsm", log_sigma=(0.0, 0.7), uniform_t=False, alpha=None, kappa=None, eta=None, c=None) | RECIPES[args.method]
+    if args.method == "obt-rel":  # weaker for VE, whose uniform times give L_g fewer images at the noise where the class is decided
+        recipe |= dict(kappa=None if args.alpha is not None else 1.8 if args.sde == "ve" else recipe["kappa"])
     if args.from_scratch:
         recipe |= dict(steps=3000, lr=8e-3, ema=0.999)
-    full = dict(steps=200, batch_size=64, n=2000, nfe=c.SDES[args.sde].nfe, ema=0.98) | recipe
+    full = dict(n=2000, nfe=c.SDES[args.sde].nfe, ema=0.98) | c.recipe(args.dataset)["unlearn"] | recipe
     return c.finish_args(args, full=full, quick=dict(steps=5, batch_size=16, n=60, nfe=6))
 
 
@@ -111,6 +116,18 @@ def retain_loss(args, net, base, sde, x_g):                                     
     return c.distill_loss(net, base, sde, x_g, t) if args.retain == "distill" else c.dsm_loss(net, sde, x_g, t)
 
 
+def flat_grad(loss, net):
+    """Gradient of a loss by all weights of net, as one vector (P,), for methods that weigh gradients and not losses."""
+    grad = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(net.parameters()), retain_graph=True)])
+    c.average_over_ranks([grad])
+    return grad
+
+
+def linear_loss(net, grad):
+    """The loss w . grad, whose gradient is `grad` (P,): hands a gradient made by hand to backward."""
+    return torch.cat([w.flatten() for w in net.parameters()]) @ grad
+
+
 def objective(args, net, base, sde, x_g, x_f):                                                            # <-- 03
     """-> the loss to step on, L_g, L_f."""
     if args.method == "siss":
@@ -119,9 +136,9 @@ def objective(args, net, base, sde, x_g, x_f):                                  
         both = retain_loss(args, net, base, sde, x_g), forget_loss(args, net, base, sde, x_f)
     loss_g, loss_f = (loss.mean() for loss in both)
     if args.method in ("erasediff", "siss"):
-        g, f = c.flat_grad(loss_g, net), c.flat_grad(loss_f, net)
+        g, f = flat_grad(loss_g, net), flat_grad(loss_f, net)
         weight = c.erasediff_weight(g, f, args.eta) if args.method == "erasediff" else -args.c / f.norm()
-        return c.linear_loss(net, g + weight * f), loss_g, loss_f
+        return linear_loss(net, g + weight * f), loss_g, loss_f
     alpha = 1.0 if args.alpha is None else args.alpha  # unseen: L_g alone
     return alpha * loss_g + (1 - alpha) * loss_f, loss_g, loss_f  # the paper's objective
 
@@ -136,23 +153,27 @@ def draw(net, label, args, sde, judge, shape):
 
 
 def report(args, before, after, judge, images_g, test_g, forget, classes, seconds):
-    """Print the measures before and after beside the floor: what real images of D_g score -> the content of result.json."""
+    """Print the measures before and after beside the floor: what real images of D_g score -> the content of result.json.
+
+    before is None when there is no Standard model (--from-scratch); its figures are None then.
+    """
     real = c.judge_images(judge, images_g[:5000] if args.quick else images_g).features
     real_test = c.judge_images(judge, test_g[torch.randperm(len(test_g), generator=c.rng(args.seed))[: args.n]])
     pairs = ((before, None), (after, before), (real_test, None))
-    b, a, floor = (c.measure(verdict, forget, real, len(classes), reference) for verdict, reference in pairs)
+    b, a, floor = (c.measure(verdict, forget, real, len(classes), reference) if verdict else {} for verdict, reference in pairs)
+    cell = lambda m, key: f"{m[key]:6.2f}" if m else "     -"
     print(f"{'':24}before   after   real D_g (floor)")
     for name, key in (("unlearning ratio, %", "ur"), ("Frechet distance", "fd"), ("judge unsure, %", "low_confidence")):
-        print(f"{name:24}{b[key]:6.2f}  {a[key]:6.2f}  {floor[key]:6.2f}")
-    print(f"UR after in [{a['ur_interval'][0]:.2f}, {a['ur_interval'][1]:.2f}] % (95 %, n = {args.n}); class_min_ratio {a['class_min_ratio']:.2f}")
-    print(f"class counts before {b['class_counts']}\n             after  {a['class_counts']}")
+        print(f"{name:24}" + "  ".join(cell(m, key) for m in (b, a, floor)))
+    print(f"UR after in [{a['ur_interval'][0]:.2f}, {a['ur_interval'][1]:.2f}] % (95 %, n = {args.n})" + (f"; class_min_ratio {a['class_min_ratio']:.2f}" if b else ""))
+    print(f"class counts before {b.get('class_counts')}\n             after  {a['class_counts']}")
     return dict(
         method=args.method, sde=args.sde, forget=[classes[i] for i in forget], alpha=args.alpha,
         steps=args.steps, n=args.n, sampler=c.SDES[args.sde].sampler, nfe=args.nfe,
-        ur_before=b["ur"], ur_after=a["ur"], ur_interval=a["ur_interval"], ur_floor=floor["ur"],
-        fd_before=b["fd"], fd_after=a["fd"], fd_floor=floor["fd"],
-        low_confidence_before=b["low_confidence"], low_confidence_after=a["low_confidence"], low_confidence_floor=floor["low_confidence"],
-        class_min_ratio=a["class_min_ratio"], class_counts=dict(before=b["class_counts"], after=a["class_counts"]),
+        ur_before=b.get("ur"), ur_after=a["ur"], ur_interval=a["ur_interval"], ur_floor=floor["ur"],
+        fd_before=b.get("fd"), fd_after=a["fd"], fd_floor=floor["fd"], low_confidence_before=b.get("low_confidence"),
+        low_confidence_after=a["low_confidence"], low_confidence_floor=floor["low_confidence"],
+        class_min_ratio=a.get("class_min_ratio"), class_counts=dict(before=b.get("class_counts"), after=a["class_counts"]),
         seconds=seconds, args=vars(args),
     )
 
@@ -198,66 +219,81 @@ def plot_curves(path, rows, title):
 # ---- the story ---------------------------------------------------------------------------------------
 
 
+def models(args, shape):                                                                                     # <-- 03
+    """The Standard model (None where there is none and none is needed), and the network to train: its copy, or random weights."""
+    path, make = c.find_base(args.out, args.dataset)
+    if not path.exists() and not args.from_scratch:
+        c.die(f"{path} not found; make it with: {make}, or do without a Standard model: --from-scratch --method ort | obt")
+    base, recipe = c.load_net(path, make, args.device) if path.exists() else None, c.RECIPES[args.dataset]
+    weights = "  ".join(f"{k} {v:.4g}" for k, v in vars(args).items() if k in ("alpha", "kappa", "eta", "c", "lr", "steps") and v is not None)
+    print(f"base: {path if base else 'none'}; sde {args.sde}, method {args.method}{', from scratch' * args.from_scratch}; {weights}")
+    fresh = (base.arch if base else recipe["net"] | dict(sd=recipe["sd"])) | (dict(width=32) if args.quick else {})
+    net = c.UNet(**fresh).to(args.device) if args.from_scratch else copy.deepcopy(base)
+    print(f"model: {c.count(net, shape)}")
+    return base, net
+
+
 def main(argv=None):
     args, start = arguments(argv), time.time()
 
-    # ---- data: D_g to keep and D_f to forget                                                            # <-- 03
-    data, test = (c.load_dataset(args.dataset, args.data_dir, part) for part in (True, False))
+    # ---- data: D_g to keep and D_f to forget, as indices into one tensor                                # <-- 03
+    data, test = (c.load_dataset(args.dataset, args.data_dir, part, args.forget) for part in (True, False))
     is_f, forget = c.split_forget(data, args.forget)
-    images_g, images_f, test_g = data.images[~is_f], data.images[is_f], test.images[~c.split_forget(test, args.forget)[0]]
-    names = ", ".join(f"class {i} '{data.classes[i]}'" for i in forget)
-    print(f"forgetting {names}: {len(images_f):,} images; keeping {len(images_g):,}")
+    images, in_g, in_f = data.images.to(args.device), *(torch.where(m)[0].to(args.device) for m in (~is_f, is_f))
+    test_g, shape, flip = test.images[~c.split_forget(test, args.forget)[0]], images.shape[1:], c.RECIPES[args.dataset]["flip"]
+    names = [data.classes[i] for i in forget]
+    print("forgetting " + ", ".join(f"class {i} '{data.classes[i]}'" for i in forget) + f": {len(in_f):,} images; keeping {len(in_g):,}")
     if args.method == "obt-rel":
         print("obt-rel: ours, not the paper's; the paper's: --method ort | obt")
-        if args.alpha is None:  # kappa = (1-alpha) pi_g / (2 alpha pi_f), solved for alpha
-            args.alpha = 1 / (1 + 2 * args.kappa * len(images_f) / len(images_g))
+        if args.alpha is None:
+            args.alpha = 1 / (1 + 2 * args.kappa * len(in_f) / len(in_g))  # kappa = (1-alpha) pi_g / (2 alpha pi_f), solved for alpha
 
     # ---- model: a copy of the Standard model, which itself stays as obt-rel's reference                 # <-- 03
-    path, make = c.find_base(args.out, args.dataset)
-    base, judge = c.load_net(path, make, args.device), c.load_judge(args.out, args.dataset, args.device)
-    fresh = base.arch | (dict(width=32) if args.quick else {})
-    net = c.UNet(**fresh).to(args.device) if args.from_scratch else copy.deepcopy(base)
-    weights = "  ".join(f"{k} {v:.4g}" for k, v in vars(args).items() if k in ("alpha", "kappa", "eta", "c", "lr", "steps") and v is not None)
-    print(f"base: {path}; sde {args.sde}, method {args.method}{', from scratch' * args.from_scratch}; {weights}")
-    sde = c.SDES[args.sde]()
-    adam = [torch.optim.Adam(net.parameters(), args.lr, betas=(0.9, 0.99), fused=True)]
-    optimizers, ema = c.muon_and_adam(net, args.lr) if args.from_scratch else adam, c.EMA(net, args.ema)
-    shape = images_g.shape[1:]
-    name = c.run_name("ort-inner" if args.ort == "inner" else args.method, args.sde, args.from_scratch, args.seed)
-    folder = c.forget_folder(args.out, args.dataset, [data.classes[i] for i in forget]) / name
+    base, net = models(args, shape)
+    judge, sde = c.load_judge(args, names), c.SDES[args.sde]()
+    adam, ema = [torch.optim.Adam(net.parameters(), args.lr, betas=(0.9, 0.99), fused=True)], c.EMA(net, args.ema)
+    optimizers = c.muon_and_adam(net, args.lr) if args.from_scratch else adam
+    if args.compile:
+        net.compile()
+    run = c.run_name("ort-inner" if args.ort == "inner" else args.method, args.sde, args.from_scratch, args.seed)
 
-    with c.fresh_folder(folder) as out:
-        x_before, before = draw(base, "samples before", args, sde, judge, shape)
+    with c.fresh_folder(folder := c.forget_folder(args.out, args.dataset, names) / run) as out:
+        x_before, before = draw(base, "samples before", args, sde, judge, shape) if base else (None, None)
 
         # ---- loop
-        shown, t0, skipped, rows = 0, time.time(), 0, []
+        shown, t0, skipped, rows = 0, time.time(), 0, []  # rows: (L_g, L_f) of each step
         for step in range(args.steps):
             net.train()
             c.set_lr(optimizers, step, args.steps, warmup=20)
-            x_g, x_f = (c.dequantize(x[torch.randint(len(x), (args.batch_size,))]).to(args.device) for x in (images_g, images_f))  # <-- 03
-            loss, loss_g, loss_f = objective(args, net, base, sde, x_g, x_f)                              # <-- 03
-            skipped = c.guarded_step(loss, net, optimizers, skipped)
+            both = torch.zeros(2, device=args.device)
+            for _ in c.batch_parts(args, step):  # one, unless --grad-accum or torchrun
+                x_g, x_f = (c.draw_batch(images, index, args.part_size, flip, args.device) for index in (in_g, in_f))  # <-- 03
+                with c.autocast(args.device):
+                    loss, loss_g, loss_f = objective(args, net, base, sde, x_g, x_f)                      # <-- 03
+                (loss / args.grad_accum).backward()
+                both += torch.stack([loss_g.detach(), loss_f.detach()]) / args.grad_accum
+            skipped = c.guarded_step(net, optimizers, skipped)
             ema.update(net)
-            rows.append((loss_g.detach(), loss_f.detach()))
+            rows.append(both)
 
-            done = step + 1
-            if done % 50 == 0 or done == args.steps:
-                g, f = (torch.stack([r[i] for r in rows[shown:]]).mean().item() for i in (0, 1))
-                eta = (args.steps - done) * (time.time() - t0) / (done - shown)
+            if (done := step + 1) % 50 == 0 or done == args.steps:
+                c.average_over_ranks(rows[shown:])
+                (g, f), eta = torch.stack(rows[shown:]).mean(0).tolist(), (args.steps - done) * (time.time() - t0) / (done - shown)
                 print(f"step {done}/{args.steps}  L_g {g:.4f}  L_f {f:.4f}  ETA {eta:.0f} s", flush=True)
                 shown, t0 = done, time.time()
-        rows = [dict(step=i + 1, loss_g=g.item(), loss_f=f.item()) for i, (g, f) in enumerate(rows)]
+        rows = [dict(step=i + 1, loss_g=g, loss_f=f) for i, (g, f) in enumerate(torch.stack(rows).tolist())]
         (out / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
         c.save_checkpoint(out / "model.pt", arch=net.arch, ema=ema.net.state_dict(), step=args.steps, args=vars(args))
 
         # ---- outputs
         x_after, after = draw(ema.net, "samples after", args, sde, judge, shape)
-        result = report(args, before, after, judge, images_g, test_g, forget, data.classes, time.time() - start)
+        result = report(args, before, after, judge, data.images[~is_f], test_g, forget, data.classes, time.time() - start)
         (out / "result.json").write_text(json.dumps(result, indent=1))
-        before_after(out / "before_after.png", x_before[:64], x_after[:64], before, after, data.classes, forget)
+        first, verdict, title = (x_before, before, "before") if base else (x_after, after, "after")
+        before_after(out / "before_after.png", first[:64], x_after[:64], verdict, after, data.classes, forget, titles=(title, "after"))
         plot_curves(out / "curves.png", rows, f"{args.method}, forget {' '.join(args.forget)}, {args.sde}")
     print(f"{time.time() - start:.0f} s; wrote {folder}/; next: look at {folder / 'before_after.png'}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    c.run(main)

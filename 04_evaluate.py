@@ -24,7 +24,6 @@ import importlib.util
 import json
 import math
 import os
-import sys
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -118,6 +117,8 @@ def density_coverage(real, fake, k=5):
     a mode is lost.  density: balls around a fake, over k; it falls when fakes lie off the data.  If both sets are of one distribution
     density is 1 and coverage 1 - PROD_{i<=k} (N-i)/(N+M-i), about 1 - 2^-k; precision and recall have no such known value.
     """
+    if min(len(real), len(fake)) <= k:
+        return math.nan, math.nan
     radius = torch.cdist(real, real).kthvalue(k + 1, 1).values  # k + 1: the nearest is the point itself
     inside = torch.cdist(real, fake) < radius[:, None]
     return inside.double().sum().item() / (k * len(fake)), inside.any(1).double().mean().item()
@@ -162,15 +163,18 @@ def likelihoods(desk, model, x, cost):
     check = torch.cat([torch.arange(min(16, n)) + start for start in (0, n)])  # these again with twice the steps
 
     def compute(label):
-        generator, out = c.rng(a.seed, 2), dict(bound=[], ode=[])
         probe = c.rademacher_probes(x, 1, c.rng(a.seed, 1))[0]  # one an image: the same for all models and both step counts
         solve = lambda i, steps: -c.ode_log_likelihood(model.net, desk.sde, x[i], [probe[i]], steps).cpu()
-        for i in torch.arange(len(x)).split(64):
-            out["bound"].append(nll_bound(model.net, x[i], sigma_max=desk.sde.sigma_max(), levels=a.levels, generator=generator).cpu())
-            out["ode"] += [solve(i, a.rk4)] if a.nll == "ode" else []
-            print(f"\r{label}: {i[-1] + 1}/{len(x)}", end="\n" if i[-1] + 1 == len(x) else "", flush=True)
-        out["fine"] = [solve(check, 2 * a.rk4)] if out["ode"] else []
-        return {name: torch.cat(parts) for name, parts in out.items() if parts}
+        def part(k):
+            i = torch.arange(len(x))[64 * k : 64 * (k + 1)]
+            print(f"\r{label}: {i[-1] + 1}/{len(x)}", end="", flush=True)
+            bound = nll_bound(model.net, x[i], sigma_max=desk.sde.sigma_max(), levels=a.levels, generator=c.rng(a.seed, 2, k)).cpu()
+            return dict(bound=bound, **(dict(ode=solve(i, a.rk4)) if a.nll == "ode" else {}))
+
+        parts = c.spread(part, range(-(-len(x) // 64)))
+        print()
+        out = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+        return {**out, "fine": solve(check, 2 * a.rk4)} if a.nll == "ode" else out
 
     key = dict(weights=model.digest, sde=a.sde, nll=a.nll, n=len(x), rk4=a.rk4, levels=a.levels, seed=a.seed, data=str(a.data_dir))
     nats = kept(desk, f"{model.name}.nll", key, cost, compute)
@@ -188,8 +192,8 @@ def relearn(net, images, steps, batch, lr, seed):
     for step in range(steps):
         c.set_lr([adam], step, steps, warmup=5)
         x0 = c.dequantize(images[torch.randint(len(images), (batch,))]).to(device)
-        loss = c.dsm_loss(net, c.WIDE, x0, c.lognormal_t(batch, c.WIDE, *c.TRAIN_NOISE, device), weight="v").mean()
-        skipped = c.guarded_step(loss, net, [adam], skipped)
+        c.dsm_loss(net, c.WIDE, x0, c.lognormal_t(batch, c.WIDE, *c.TRAIN_NOISE, device), weight="v").mean().backward()
+        skipped = c.guarded_step(net, [adam], skipped)
     return net.requires_grad_(False).eval()
 
 
@@ -243,7 +247,7 @@ def plot_attack(path, rows, floor):
 def main(argv=None):
     args = arguments(argv)
     # ---- data: D_g to compare samples with; test images of D_g and D_f for the likelihood
-    data, test = (c.load_dataset(args.dataset, args.data_dir, part) for part in (True, False))
+    data, test = (c.load_dataset(args.dataset, args.data_dir, part, args.forget) for part in (True, False))
     (is_f, forget), test_f = c.split_forget(data, args.forget), c.split_forget(test, args.forget)[0]
     images_g, test_g, test_f = data.images[~is_f][: 5000 if args.quick else None], test.images[~test_f], test.images[test_f]
     some = lambda images, n: images[torch.randperm(len(images), generator=c.rng(args.seed))[:n]]
@@ -251,8 +255,9 @@ def main(argv=None):
     x = c.dequantize(torch.cat([some(test_g, n), some(test_f, n)])).to(args.device)  # seeded by finish_args: the same in every run
     # ---- models
     names, torch.backends.cudnn.allow_tf32 = [data.classes[i] for i in forget], False  # a likelihood needs all 24 bits
+    torch.set_float32_matmul_precision("highest")
     folder = c.forget_folder(args.out, args.dataset, names)
-    models, judge = find_models(args, names, folder), c.load_judge(args.out, args.dataset, args.device)
+    models, judge = find_models(args, names, folder), c.load_judge(args, names)
     print(f"{len(models)} models: {' '.join(m.name for m in models)}; {args.sde}, {c.SDES[args.sde].sampler}, n = {args.n}, judge and noise the same for all")
     draws, solves = args.n * args.nfe, dict(none=0, bound=args.levels, ode=args.levels + 8 * args.rk4)[args.nll] * 2 * n
     todo = dict(total=len(models) * (draws + solves) + (len(models) - 1) * len(ks) * draws, done=0, start=time.time())
@@ -286,10 +291,10 @@ def main(argv=None):
             settings.update(steps=args.steps, batch_size=args.batch_size, lr=args.lr)
             (out / "relearn.json").write_text(json.dumps(dict(settings, real=real, rows=attacked), indent=1))
             plot_attack(out / "relearn.png", attacked, real["ur"])
-    for path in (folder / "kept" / "new").iterdir():
+    for path in (folder / "kept" / "new").iterdir() if c.ranks()[0] == 0 else ():
         os.replace(path, folder / path.name)
     print(f"wrote {folder}/table.md; next: python 05_downstream.py --dataset {args.dataset} --forget {' '.join(names)}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    c.run(main)

@@ -18,7 +18,6 @@ Predict, then run:
   3. Does PSNR on D_f fall much when the digit becomes another one?          (look at the picture)
 """
 import json
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -244,13 +243,13 @@ def plot_curve(path, results):
 
 def main(argv=None):
     args, start = arguments(argv), time.time()
-    train, test = (c.load_dataset(args.dataset, args.data_dir, part) for part in (True, False))
+    train, test = (c.load_dataset(args.dataset, args.data_dir, part, args.forget) for part in (True, False))
     is_f, forget = c.split_forget(test, args.forget)
     sde, n, inpaint, (h, w) = c.SDES[args.sde](), args.n, args.task == "inpaint", test.images.shape[2:]
     hidden = load_mask(args.mask, h, w) if inpaint else torch.ones(1, h, w, dtype=torch.bool)
     clip = load_clip(args.clip_weights) if args.clip_weights else None
     folder, nets = find_runs(args, [test.classes[i] for i in forget])
-    judge = c.load_judge(args.out, args.dataset, args.device)
+    judge = c.load_judge(args, [test.classes[i] for i in forget])
 
     # ---- data: n test images of D_f, then n of D_g
     parts = [torch.where(part)[0] for part in (is_f, ~is_f)]
@@ -290,4 +289,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    c.run(main)

@@ -248,7 +248,8 @@ def benchmark_training(args, arch, images):
     def step():
         x0 = c.dequantize(images[torch.randint(len(images), (64,))]).to(args.device)
         loss = c.dsm_loss(net, c.WIDE, x0, c.lognormal_t(64, c.WIDE, *c.TRAIN_NOISE, args.device), weight="v").mean()
-        c.guarded_step(loss, net, optimizers, 0)
+        loss.backward()
+        c.guarded_step(net, optimizers, 0)
         ema.update(net)
 
     step()  # the first one allocates
@@ -282,7 +283,7 @@ def main(argv=None):
     path, make = c.find_base(args.out, args.dataset)
     net = c.load_net(path, make, args.device).requires_grad_(False)
     if args.samplers:
-        measure_samplers(args, net, c.load_judge(args.out, args.dataset, args.device), train, test)
+        measure_samplers(args, net, c.load_judge(args), train, test)
     if args.json:
         result = benchmark_sampler(args, net, train.images.shape[1:])  # first: it may have no table to read
         result |= benchmark_likelihood(args, net, test.images)

@@ -1,4 +1,5 @@
 """Shared by all tests: import path, two oracles, and a way to call a script as the command line does."""
+import argparse
 import os
 import runpy
 import sys
@@ -19,6 +20,11 @@ SCRIPTS = {s.name[:2]: s for s in sorted(ROOT.glob("0*_*.py"))}
 def load_script(number):
     """The names defined in a numbered script, without running its main."""
     return runpy.run_path(str(SCRIPTS[number]))
+
+
+def arguments(out, **more):
+    """What load_judge reads of a script's arguments."""
+    return argparse.Namespace(**dict(dataset="mnist", out=out, data_dir=None, quick=False, device="cpu") | more)
 
 
 @pytest.fixture

@@ -221,10 +221,11 @@ def group_nll(quick=False, dry=False):
 
 def group_noise(quick=False, dry=False):
     """Where forgetting happens: v-loss of D_g and D_f by noise level, the weights chosen in group vp."""
+    loss_by_noise = runpy.run_path(str(ROOT / "02_train_sde.py"))["loss_by_noise"]
     chosen_runs = [f"{m}/{p['best']}/{p['tail']}" for m in WEIGHTS if (p := choose(m, dry=True))]
     for method, net in networks("vp/").items():
         if method in ("standard", *chosen_runs) and not dry:
-            g, f = (c.loss_by_noise(net, x) for x in test_images(4 if quick else 500))
+            g, f = (loss_by_noise(net, x) for x in test_images(4 if quick else 500))
             keep(f"noise/{method}", "python tests/make_tables.py --only noise", dict(g=g, f=f))
 
 

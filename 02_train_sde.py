@@ -51,8 +51,10 @@ def arguments(argv):
     p.add_argument("--measure", action="store_true", help="measure the base model instead of training one")
     p.add_argument("--n", type=c.number(int, 100), help="--measure: samples")
     args = p.parse_args(argv)
-    if args.judge and args.dataset == "celeba" and not args.without:
-        c.die("--judge of celeba judges attributes: name them, e.g. --without bangs")
+    if (args.judge or args.measure) and args.dataset == "celeba" and not args.without:
+        c.die("--judge and --measure of celeba are about attributes: name them, e.g. --without bangs")
+    if args.width and args.width % 8:
+        c.die(f"--width {args.width}: a multiple of 8 is needed, for the groups of its norms")
     full = dict(width=c.recipe(args.dataset)["net"]["width"], n=5000, **c.recipe(args.dataset)["train"])
     return c.finish_args(args, full, quick=dict(steps=30, n=200, width=32))
 
@@ -99,14 +101,15 @@ def train_judge(args):
     right = c.judge_images(judge, test.images).labels == test.labels
     path = Path(args.out) / args.dataset / c.judge_path(args, args.without or ()).name.removeprefix(f"{args.dataset}_")
     half = {k: v.half() if v.is_floating_point() else v for k, v in judge.state_dict().items()}
-    c.save_checkpoint(path, arch=judge.arch, model=half, accuracy=right.float().mean().item())
+    c.save_checkpoint(path, arch=judge.arch, model=half, classes=train.classes, quick=args.quick, accuracy=right.float().mean().item())
     print(f"test accuracy {100 * right.float().mean():.2f} % on {len(right)} images; wrote {path}")
 
 
 def measure_base(args):
     """--measure: how good is the base?  The same numbers for as many real test images say how good it could look at this n."""
     path, make = c.find_base(args.out, args.dataset)
-    net, judge, (train, test) = c.load_net(path, make, args.device), c.load_judge(args, args.without or ()), load(args)
+    net, (train, test) = c.load_net(path, make, args.device), load(args)
+    judge = c.load_judge(args, train, args.without or ())
     real = c.judge_images(judge, train.images[:5000] if args.quick else train.images).features
     fake = c.sample_images(net, args.n, train.images.shape[1:], c.VP(), args.seed, device=args.device)
     print(f"{path}, n = {args.n}, {c.VP.sampler}\n{'':9}FD       judge unsure, %")
@@ -171,7 +174,7 @@ def loss_by_noise(net, x0, edges=(0.001, 0.02, 0.1, 0.5, 2.0, 10.0, 160.0), seed
 def show(path, step, net, held_out, real, args):
     """Loss by noise level on held-out images, and a grid of samples over a row of the bytes `real`."""
     print("loss by noise, held out: " + "  ".join(f"sigma {a:g}-{b:g}: {v:.3f}" for a, b, v in loss_by_noise(net, held_out)))
-    x = c.sample_images(net, 50, real.shape[1:], c.WIDE, args.seed, batch=50, device=args.device)
+    x = c.sample_images(net, n := 10 if args.quick else 50, real.shape[1:], c.WIDE, args.seed, batch=n, device=args.device)
     if c.ranks()[0] == 0:
         image_grid(path, x, title=f"step {step} (last row: real)", real=real)
 
@@ -193,35 +196,35 @@ def main(argv=None):
         args.method, args.forget, file = "unseen", [data.classes[i] for i in c.split_forget(data, args.without)[1]], "model.pt"
         out = c.make_folder(c.forget_folder(args.out, args.dataset, args.forget) / c.run_name("unseen", args.sde, True, args.seed))
     print(f"data: {len(rest):,} images of {tuple(data.images.shape[1:])}" + (f", without {' '.join(args.forget)}" if args.without else ""))
-    images, rest, real = data.images.to(args.device), rest.to(args.device), test.images[test_rest[:500]]
+    images, rest, real = data.images.to(args.device), rest.to(args.device), test.images[test_rest[torch.randperm(len(test_rest), generator=c.rng(0))[:500]]]
     held_out = c.dequantize(real).to(args.device)
 
     # ---- model: from scratch; only a network made from scratch shrinks under --quick
     recipe = c.RECIPES[args.dataset]
     net = c.UNet(**recipe["net"] | dict(width=args.width), sd=recipe["sd"]).to(args.device)
     print(f"model: {c.count(net, images.shape[1:])}")
-    sde = c.WIDE if args.sde == "any" else c.SDES[args.sde]()
-    optimizers, ema = c.muon_and_adam(net, args.lr), c.EMA(net, args.ema)
+    optimizers, ema, sde = c.muon_and_adam(net, args.lr), c.EMA(net, args.ema), c.WIDE if args.sde == "any" else c.SDES[args.sde]()
     first = resume(out / file, net, ema, optimizers, args) if args.resume else 0
     if args.compile:
         net.compile()
 
     # ---- loop
-    shown, t0, skipped, running = first, time.time(), 0, torch.zeros((), device=args.device)
+    size, shown, t0, skipped, running = c.part_size(args), first, time.time(), 0, torch.zeros((), device=args.device)
     log = open(out / "log.jsonl" if c.ranks()[0] == 0 else os.devnull, "a" if args.resume else "w")
     stop = []  # Ctrl-C only asks: the step in progress is finished, so a checkpoint always holds a whole number of steps
-    signal.signal(signal.SIGINT, lambda *_: stop.append(True))
+    if c.ranks()[1] == 1:  # several processes could not agree on the step; they lose what came after the last checkpoint
+        signal.signal(signal.SIGINT, lambda *_: stop.append(True))
     for step in range(first, args.steps):
         net.train()
         c.set_lr(optimizers, step, args.steps, warmup=200)
         for _ in c.batch_parts(args, step):  # one, unless --grad-accum or torchrun
-            x0 = c.draw_batch(images, rest, args.part_size, recipe["flip"], args.device)
+            x0 = c.draw_batch(images, rest, size, recipe["flip"], args.device)
             # The density of t decides where the effort goes; see common.lognormal_t.
             t = c.uniform_t(len(x0), sde, args.device) if sde is not c.WIDE else c.lognormal_t(len(x0), sde, *args.log_sigma, args.wide, args.device)
             with c.autocast(args.device):
                 loss = c.dsm_loss(net, sde, x0, t, weight="v").mean()
             (loss / args.grad_accum).backward()
-            running += loss.detach() / args.grad_accum  # no .item(): on a GPU that would wait for the step to finish
+            running += loss.detach() / args.grad_accum
         skipped = c.guarded_step(net, optimizers, skipped)
         ema.update(net)
 

@@ -73,8 +73,8 @@ def arguments(argv):
         c.die("--method obt-rel compares with a Standard model by construction: leave out --from-scratch, or take --method ort | obt")
     if args.from_scratch and args.retain == "distill":
         c.die("--retain distill keeps what a Standard model says: leave out --from-scratch, or take --retain dsm")
-    if args.grad_accum > 1 and args.method in ("erasediff", "siss"):
-        c.die(f"--grad-accum: {args.method} weighs the gradients of a whole batch; take a smaller --batch-size, or more processes")
+    if (args.grad_accum > 1 or args.compile) and args.method in ("erasediff", "siss"):
+        c.die(f"--method {args.method} weighs the gradients of a whole batch by hand: leave out --grad-accum and --compile")
     for flag, methods in BELONGS.items():
         if getattr(args, flag) is not None and args.method not in methods:
             c.die(f"--{flag} has no part in --method {args.method}; it belongs to --method {' | '.join(methods)}")
@@ -130,10 +130,11 @@ def linear_loss(net, grad):
 
 def objective(args, net, base, sde, x_g, x_f):                                                            # <-- 03
     """-> the loss to step on, L_g, L_f."""
-    if args.method == "siss":
-        both = c.siss_losses(net, sde, x_g, x_f, forget_times(args, sde, len(x_f)))
-    else:
-        both = retain_loss(args, net, base, sde, x_g), forget_loss(args, net, base, sde, x_f)
+    with c.autocast(args.device):
+        if args.method == "siss":
+            both = c.siss_losses(net, sde, x_g, x_f, forget_times(args, sde, len(x_f)))
+        else:
+            both = retain_loss(args, net, base, sde, x_g), forget_loss(args, net, base, sde, x_f)
     loss_g, loss_f = (loss.mean() for loss in both)
     if args.method in ("erasediff", "siss"):
         g, f = flat_grad(loss_g, net), flat_grad(loss_f, net)
@@ -159,7 +160,7 @@ def report(args, before, after, judge, images_g, test_g, forget, classes, second
     """
     real = c.judge_images(judge, images_g[:5000] if args.quick else images_g).features
     real_test = c.judge_images(judge, test_g[torch.randperm(len(test_g), generator=c.rng(args.seed))[: args.n]])
-    pairs = ((before, None), (after, before), (real_test, None))
+    pairs = ((before, None), (after, before or after), (real_test, None))
     b, a, floor = (c.measure(verdict, forget, real, len(classes), reference) if verdict else {} for verdict, reference in pairs)
     cell = lambda m, key: f"{m[key]:6.2f}" if m else "     -"
     print(f"{'':24}before   after   real D_g (floor)")
@@ -173,7 +174,7 @@ def report(args, before, after, judge, images_g, test_g, forget, classes, second
         ur_before=b.get("ur"), ur_after=a["ur"], ur_interval=a["ur_interval"], ur_floor=floor["ur"],
         fd_before=b.get("fd"), fd_after=a["fd"], fd_floor=floor["fd"], low_confidence_before=b.get("low_confidence"),
         low_confidence_after=a["low_confidence"], low_confidence_floor=floor["low_confidence"],
-        class_min_ratio=a.get("class_min_ratio"), class_counts=dict(before=b.get("class_counts"), after=a["class_counts"]),
+        class_min_ratio=a["class_min_ratio"] if b else None, class_counts=dict(before=b.get("class_counts"), after=a["class_counts"]),
         seconds=seconds, args=vars(args),
     )
 
@@ -194,7 +195,7 @@ def before_after(path, before, after, judge_before, judge_after, classes, forget
         for i in range(n):
             x, y, label = i % columns * w, i // columns * h, int(verdict.labels[i])
             color = "#ff4040" if label in forget else "#60c060"
-            ax.text(x + 1, y + 1, classes[label], color=color, fontsize=7, va="top", fontweight="bold")
+            ax.text(x + 1, y + 1, c.short(classes[label]), color=color, fontsize=7, va="top", fontweight="bold")
             if judge_before.labels[i] != judge_after.labels[i]:
                 ax.add_patch(plt.Rectangle((x, y), w - 1, h - 1, fill=False, edgecolor="orange", linewidth=1.2))
     fig.tight_layout(pad=0.4)
@@ -250,7 +251,7 @@ def main(argv=None):
 
     # ---- model: a copy of the Standard model, which itself stays as obt-rel's reference                 # <-- 03
     base, net = models(args, shape)
-    judge, sde = c.load_judge(args, names), c.SDES[args.sde]()
+    judge, size, sde = c.load_judge(args, data, names), c.part_size(args), c.SDES[args.sde]()
     adam, ema = [torch.optim.Adam(net.parameters(), args.lr, betas=(0.9, 0.99), fused=True)], c.EMA(net, args.ema)
     optimizers = c.muon_and_adam(net, args.lr) if args.from_scratch else adam
     if args.compile:
@@ -267,9 +268,8 @@ def main(argv=None):
             c.set_lr(optimizers, step, args.steps, warmup=20)
             both = torch.zeros(2, device=args.device)
             for _ in c.batch_parts(args, step):  # one, unless --grad-accum or torchrun
-                x_g, x_f = (c.draw_batch(images, index, args.part_size, flip, args.device) for index in (in_g, in_f))  # <-- 03
-                with c.autocast(args.device):
-                    loss, loss_g, loss_f = objective(args, net, base, sde, x_g, x_f)                      # <-- 03
+                x_g, x_f = (c.draw_batch(images, index, size, flip, args.device) for index in (in_g, in_f))  # <-- 03
+                loss, loss_g, loss_f = objective(args, net, base, sde, x_g, x_f)                          # <-- 03
                 (loss / args.grad_accum).backward()
                 both += torch.stack([loss_g.detach(), loss_f.detach()]) / args.grad_accum
             skipped = c.guarded_step(net, optimizers, skipped)

@@ -220,7 +220,7 @@ def pictures(out, names, drawn, forget, classes):
     fig, ax = plt.subplots(figsize=(10, 0.7 * len(names) + 0.5))
     ax.imshow(c.tile(torch.cat([d["images"][pick] for d in drawn]), len(pick)), cmap="gray", vmin=0, vmax=255)
     for i, label in enumerate(torch.cat([d["verdict"].labels[pick] for d in drawn]).tolist()):
-        ax.text(i % len(pick) * w + 1, i // len(pick) * h + 8, classes[label], color="#ff4040" if label in forget else "#60c060", fontsize=7)
+        ax.text(i % len(pick) * w + 1, i // len(pick) * h + 8, c.short(classes[label]), color="#ff4040" if label in forget else "#60c060", fontsize=7)
     ax.set_yticks([(i + 0.5) * h for i in range(len(names))], names), ax.set_xticks([])
     ax.set_title(f"a column, one noise; left {min(8, int(hit.sum()))}: where Standard draws D_f", fontsize=9)
     fig.savefig(out / "samples.png", dpi=110, bbox_inches="tight"), plt.close(fig)
@@ -254,10 +254,10 @@ def main(argv=None):
     n, ks = min(args.n_nll, len(test_g), len(test_f)), [1, 10, 100] if args.relearn == [] else args.relearn or []
     x = c.dequantize(torch.cat([some(test_g, n), some(test_f, n)])).to(args.device)  # seeded by finish_args: the same in every run
     # ---- models
-    names, torch.backends.cudnn.allow_tf32 = [data.classes[i] for i in forget], False  # a likelihood needs all 24 bits
-    torch.set_float32_matmul_precision("highest")
+    names = [data.classes[i] for i in forget]
     folder = c.forget_folder(args.out, args.dataset, names)
-    models, judge = find_models(args, names, folder), c.load_judge(args, names)
+    models, judge = find_models(args, names, folder), c.load_judge(args, data, names)
+    torch.set_float32_matmul_precision("highest"), setattr(torch.backends.cudnn, "allow_tf32", False)  # a likelihood needs all 24 bits
     print(f"{len(models)} models: {' '.join(m.name for m in models)}; {args.sde}, {c.SDES[args.sde].sampler}, n = {args.n}, judge and noise the same for all")
     draws, solves = args.n * args.nfe, dict(none=0, bound=args.levels, ode=args.levels + 8 * args.rk4)[args.nll] * 2 * n
     todo = dict(total=len(models) * (draws + solves) + (len(models) - 1) * len(ks) * draws, done=0, start=time.time())

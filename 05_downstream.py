@@ -222,7 +222,7 @@ def picture(path, columns, verdicts, labels, n, classes, forget, rows=10):
         for j, name in enumerate(columns):
             ax.text((j + 0.5) * w, -2, name, ha="center", fontsize=8), ax.axis("off")
             for i, k in enumerate(verdicts[name].labels[pick].tolist() if name in verdicts else []):
-                ax.text(j * w + 1, i * h + 1, classes[k], color="#ff4040" if k in forget else "#60c060", fontsize=7, va="top", fontweight="bold")
+                ax.text(j * w + 1, i * h + 1, c.short(classes[k]), color="#ff4040" if k in forget else "#60c060", fontsize=7, va="top", fontweight="bold")
     fig.suptitle(f"left: D_f, first where Standard restores the class and {ours} does not; right: D_g, in a random order", fontsize=9)
     fig.tight_layout(pad=0.6), fig.savefig(path, dpi=110), plt.close(fig)
 
@@ -249,7 +249,7 @@ def main(argv=None):
     hidden = load_mask(args.mask, h, w) if inpaint else torch.ones(1, h, w, dtype=torch.bool)
     clip = load_clip(args.clip_weights) if args.clip_weights else None
     folder, nets = find_runs(args, [test.classes[i] for i in forget])
-    judge = c.load_judge(args, [test.classes[i] for i in forget])
+    judge = c.load_judge(args, test, [test.classes[i] for i in forget])
 
     # ---- data: n test images of D_f, then n of D_g
     parts = [torch.where(part)[0] for part in (is_f, ~is_f)]

@@ -1,8 +1,7 @@
 """Everything the numbered scripts share: score-based generative models, and how to make one forget.
 
-The method is MSGM, "Moderating the Generalization of Score-based Generative Models" (ICCV 2025,
-arXiv 2412.07229).  Each function below takes plain tensors, an SDE and a network; none knows about the
-command line, so each can be lifted into another project together with the few names it calls.
+The method is MSGM, "Moderating the Generalization of Score-based Generative Models" (ICCV 2025, arXiv 2412.07229).  Losses, samplers,
+likelihood and measures take plain tensors, an SDE and a network, so each can be lifted into another project with the few names it calls.
 
 Contents
     1  Small helpers          die, bcast, flat_mean, rng, ranks, spread
@@ -17,13 +16,14 @@ Contents
    10  Likelihood             ode_log_likelihood, bits_per_dim
    11  Judge and measures     Judge, judge_images, frechet_distance, wilson, measure
    12  Checkpoints, folders   save_checkpoint, load_checkpoint, find_base, load_judge, fresh_folder
-   13  Pictures               tile
+   13  Pictures               tile, short
    14  Command line           parser, finish_args, run
 
 Shapes: B images a batch, D numbers an image (C*H*W, or 2 for the toy).  x0, x_t, z, y have one shape, (B, ...);
 t, sigma, phi are (B,).  README has the table symbol - variable - shape - equation.
 """
 import argparse
+import atexit
 import contextlib
 import copy
 import gzip
@@ -36,6 +36,7 @@ import sys
 import time
 import zlib
 from collections import namedtuple
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -62,9 +63,8 @@ def flat_mean(x):
     return x.flatten(1).mean(1)
 
 def rng(*keys):
-    """A CPU generator seeded by whole numbers, e.g. rng(seed, chunk).
-    CPU on purpose: CUDA's generator draws other numbers, and one seed should give one set of pictures everywhere.
-    SeedSequence scrambles the keys, so (0, 1) and (1, 0) are unrelated streams."""
+    """A CPU generator seeded by whole numbers, e.g. rng(seed, chunk); (0, 1) and (1, 0) are unrelated streams.
+    CPU on purpose: CUDA's generator draws other numbers, and one seed should give one set of pictures everywhere."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> 1))
 
 def randn(shape, generator, device="cpu"):
@@ -88,10 +88,9 @@ def spread(work, items):
 # One tensor of bytes in memory and index batches: MNIST is 47 MB, so a DataLoader with workers is pure overhead.
 Dataset = namedtuple("Dataset", "images labels classes")  # (N, C, H, W) uint8, (N,) int64, list of str
 
-# One visible row per data set.  size: pixels a side; sd: of a pixel on [-1, 1]; then the network, what 02 trains and 03 unlearns with unless a
-# flag says otherwise, and the file to fetch by hand where a download fails.  Measured by us: mnist.  All other rows are where to start: network
-# as the paper's for CIFAR (width 128 (1,2,2,2), attention at 16, dropout 0.1), narrower to fit 12 GB (an estimate; --width 128 for the
-# paper's), 64x64 behind patch=2; batch and average as is usual for these sets; steps are a guess.
+# One visible row per data set: pixels a side, sd of a pixel on [-1, 1], network, what 02 trains and 03 unlearns with unless a flag says otherwise,
+# file to fetch by hand.  Measured by us: mnist.  The others are where to start: the paper's network for CIFAR (width 128 (1,2,2,2), attention at 16,
+# dropout 0.1), narrower to fit 12 GB (an estimate), at 64x64 behind patch=2; batch and average as is usual for these sets; steps are a guess.
 _DIGITS = dict(channels=1, width=48, mult=(1, 2), attn=(False, True), patch=2, dropout=0.0)
 _PHOTOS = dict(channels=3, width=96, mult=(1, 2, 2, 2), attn=(False, True, False, False), patch=1, dropout=0.1)
 _SHORT = dict(train=dict(steps=30000, batch_size=64, lr=8e-3, ema=0.9995), unlearn=dict(steps=260, batch_size=64))
@@ -105,7 +104,7 @@ RECIPES = {
     "stl10": dict(size=64, sd=0.5, flip=True, net=_PHOTOS | dict(patch=2), **_LONG,
         file="stl10_binary.tar.gz (2,640 MB, md5 91f7769df0f17e558f3565bffb0c7dfb) of cs.stanford.edu/~acoates/stl10"),
     "celeba": dict(size=64, sd=0.5, flip=True, net=_PHOTOS | dict(patch=2), **_LONG,
-        file="img_align_celeba.zip (1,443 MB, md5 00d2c5bc6d35e252742224ab0c1e8fcb) and the five list_*/identity_*.txt of CelebA, all in celeba/"),
+        file="img_align_celeba.zip (1,443 MB, md5 00d2c5bc6d35e252742224ab0c1e8fcb), unpacked, and its five .txt, into celeba/ (or: pip install gdown)"),
     "imagenette": dict(size=64, sd=0.5, flip=True, net=_PHOTOS | dict(patch=2), **_LONG,
         file="imagenette2-160.tgz (99 MB, md5 e793b78cc4c9e9a4ccc0c1155377a412) of s3.amazonaws.com/fast-ai-imageclas"),
     # anyone's own pictures: 64x64 if the first has at least 64 pixels a side, else 32x32; no mirror images, they may hold letters
@@ -137,8 +136,11 @@ def load_dataset(name, data_dir=None, train=True, forget=None):
             images, labels, classes = _read_pictures(name, root, train)
     except FileNotFoundError as e:
         die(f"{e.filename or e} not found; " + ("restore it with: git checkout data/mnist.npz (or drop --data-dir)" if name == "mnist" else "check --data-dir"))
+    except PermissionError as e:
+        die(f"{root} cannot be written to ({e}): pictures are decoded once, beside the data; name another folder with --data-dir")
     except Exception as e:  # what is broken raises half a dozen different types
-        die(f"{root}: the files of {name} cannot be read ({e}); " + ("restore them with: git checkout data/mnist.npz" if name == "mnist" else "fetch them again"))
+        mend = "git checkout data/mnist.npz" if name == "mnist" else f"fetch them again, or delete {root}/{name}-*.np? if these are broken"
+        die(f"{root}: the files of {name} cannot be read ({e}); mend them: {mend}")
     if name == "celeba":
         labels, classes = _attribute_classes(labels, classes, forget or [])
     return Dataset(torch.from_numpy(images), torch.from_numpy(labels).long(), classes)
@@ -163,7 +165,7 @@ def _read_pictures(name, root, train):
     part = "all" if name == "folder" else "train" if train else "test"
     files = [f"{p}{p.stat().st_size}{p.stat().st_mtime_ns}" for p in sorted(root.glob("*/*"))] if name == "folder" else []
     cache = root / f"{name}-{part}{zlib.crc32(''.join(files).encode()) if files else ''}.npy"  # one's own pictures may change
-    if not cache.exists():
+    if not cache.exists() and ranks()[0] == 0:
         try:
             source = _open_torchvision(name, root, train)
         except RuntimeError:  # not there, or not whole
@@ -173,6 +175,7 @@ def _read_pictures(name, root, train):
             except Exception as e:
                 die(f"no download of {name} ({str(e).splitlines()[0]}); fetch by hand {RECIPES[name]['file']}, into {root}, and run this again")
         _decode(source, cache, RECIPES[name]["size"], crop=140 if name == "celeba" else None)
+    spread(None, [])  # all wait here: the first has written what the others read
     with np.load(cache.with_suffix(".npz")) as f:
         labels, classes = f["labels"], [str(k) for k in f["classes"]]
     images = np.load(cache, mmap_mode="c")  # private: nothing that is written to the tensor reaches the file
@@ -197,7 +200,7 @@ def _decode(source, cache, size, crop):
             print(f"\rdecoding: {i + 1:,}/{n:,}", end="\n" if i + 10000 >= n else "", flush=True)
     names = [k if isinstance(k, str) else k[0] for k in getattr(source, "classes", None) or source.attr_names if k]
     names = [k if hasattr(source, "samples") else k.lower().replace(" ", "_").replace("/", "-") for k in names]  # a folder's name stays
-    np.savez(cache.with_suffix(".npz"), labels=labels, classes=np.array(names))
+    np.savez(cache.with_suffix(".npz"), labels=labels, classes=np.array(names))  # before the other, whose being there says that both are
     os.replace(tmp, cache)
 
 def _attribute_classes(table, names, wanted):
@@ -217,14 +220,12 @@ def draw_batch(images, index, n, flip=False, device="cpu"):
 def dequantize(images):
     """uint8 k -> float (k + u)/128 - 1 in [-1, 1), u ~ U(0,1) fresh at every call.
 
-    Bytes have no density: a model could put a spike on each grey level and reach any likelihood.  Adding uniform
-    noise of one level's width makes the density finite, and E[ln p(k+u)] bounds the probability of the byte
-    itself from below (Theis et al. 2016).  Training must see the scale on which NLL is measured, so this is used by all."""
+    Bytes have no density: a spike on each grey level would reach any likelihood.  Uniform noise one level wide makes the density finite, and
+    E[ln p(k+u)] bounds the byte's own probability from below (Theis et al. 2016).  Training has to see the scale on which NLL is measured."""
     return (images.float() + torch.rand(images.shape, device=images.device)) / 128 - 1
 
 def to_bytes(x):
-    """float in [-1, 1] -> uint8, the inverse of dequantize: floor((x + 1) 128).
-    The floor is right here and wrong elsewhere: level k owns the whole interval [k, k+1)/128 - 1."""
+    """float in [-1, 1] -> uint8, the inverse of dequantize.  Floor, not round: level k owns the whole interval [k, k+1)/128 - 1."""
     return ((x + 1) * 128).floor().clamp(0, 255).to(torch.uint8)
 
 def split_forget(data, names):
@@ -233,16 +234,16 @@ def split_forget(data, names):
     if unknown:
         die(f"--forget: no class '{unknown[0]}'; choose from: {', '.join(data.classes)}")
     ids = sorted({data.classes.index(n) for n in names})
-    if len(ids) == len(data.classes):
-        die("--forget: all classes; nothing would be left to keep (leave at least one out)")
-    return torch.isin(data.labels, torch.tensor(ids)), ids
+    mask = torch.isin(data.labels, torch.tensor(ids))
+    if mask.all() or not mask.any():
+        die(f"--forget: {'all classes; nothing would be left to keep (leave at least one out)' if mask.all() else 'there is no image of that class'}")
+    return mask, ids
 
 # ==== 3  SDEs =========================================================================================
 class SDE:
     """A forward process dx = f(x,t) dt + g(t) dw whose marginals are x_t = s(t) x0 + std(t) z, z ~ N(0, I).
     s and std say everything: with sigma = std/s,  f = (s'/s) x  and  g^2 = s^2 d(sigma^2)/dt  (Karras et al. 2022, eq. 4).
     A subclass gives s, std, beta-like rates in closed form and time_of(sigma).  t runs from 0 (data) to T = 1 (noise), shape (B,)."""
-
     T = 1.0
     sampler, nfe = "sde-dpm++2m", 20  # what sample_images draws with: the name that results carry, and evaluations that are enough
 
@@ -413,9 +414,8 @@ class UNet(nn.Module):
         # The level ln tan(phi) = ln(sigma/sd) spans [-6.4, 5.6]; 16 frequencies resolve it from the whole range to 0.4.
         self.register_buffer("freq", torch.exp(torch.linspace(math.log(0.25), math.log(8.0), 16)), persistent=False)
         self.embed = nn.Sequential(nn.Linear(32, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
-        w = [width * m for m in mult]
+        w, n = [width * m for m in mult], len(mult)
         self.stem = nn.Conv2d(c, w[0], 3, padding=1)
-        n = len(w)
         self.down = nn.ModuleList(Block(w[max(i - 1, 0)], w[i], emb, attn[i], dropout) for i in range(n))
         self.mid = Block(w[-1], w[-1], emb, True, dropout)
         self.up = nn.ModuleList(Block(w[min(i + 1, n - 1)], w[i], emb, attn[i], dropout) for i in range(n))
@@ -440,7 +440,7 @@ class UNet(nn.Module):
 def count(net, shape):
     """Size and cost of a network for images (C, H, W), in words."""
     device = next(net.parameters()).device
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter:
         net(torch.zeros(1, *shape, device=device), torch.ones(1, device=device))
     return f"{sum(w.numel() for w in net.parameters()) / 1e6:.2f} M parameters, {counter.get_total_flops() / 1e9:.3f} GFLOP forward an image"
 
@@ -615,9 +615,8 @@ class EMA:
         self.n += 1
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose step is made orthogonal: all singular values of a weight's update are set to about 1 (Jordan et al. 2024).
-    Adam scales each entry by itself, and a convolution's step still points mostly along a few directions; here all move alike.
-    857 steps on MNIST reach a held-out v-loss of 0.169, Adam 0.184.  For weights inside a network, as (out, in*k*k); not its ends."""
+    """Momentum whose step is made orthogonal: all singular values of a weight's update, as (out, in*k*k), are set to about 1 (Jordan et al.
+    2024).  Adam's step of a convolution points mostly along a few directions.  857 steps on MNIST: held-out v-loss 0.169, Adam 0.184."""
     def __init__(self, params, lr, momentum=0.95):
         super().__init__(list(params), dict(lr=lr, momentum=momentum))
 
@@ -649,12 +648,17 @@ def set_lr(optimizers, step, steps, warmup):
         peak = group.setdefault("peak", group["lr"])
         group["lr"] = peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
+def part_size(args):
+    """Images of a step's batch that go through the network at once."""
+    size, rest = divmod(args.batch_size, args.grad_accum * ranks()[1])
+    return size if size and not rest else die(f"--batch-size {args.batch_size} cannot be split into {args.grad_accum} (--grad-accum) x {ranks()[1]} (processes)")
+
 def batch_parts(args, step):
-    """The parts of a step's batch that this process works on: one, unless --grad-accum or torchrun splits it.
-    A part has its own random stream, so 2 processes and 1 with --grad-accum 2 see the same images and noise, and train the same model."""
+    """The parts of a step's batch for this process: one, unless --grad-accum or torchrun splits it.  A part has its own random stream, so
+    2 processes and 1 with --grad-accum 2 train the same model, and --resume goes on with fresh numbers on CUDA, whose generator is not saved."""
     rank, world = ranks()
     for i in range(args.grad_accum):
-        if world * args.grad_accum > 1:
+        if world * args.grad_accum > 1 or args.device.startswith("cuda"):
             torch.manual_seed(rng(args.seed, step, rank + world * i).initial_seed())
         yield i
 
@@ -830,8 +834,7 @@ def ode_log_likelihood(net, sde, x, probes=None, steps=30, sigma_min=0.001):
     return prior - integral - dim * math.log(c0) - dim * math.log(s0)
 
 def bits_per_dim(log_p, dim):
-    """Nats of an 8-bit image on the scale of dequantize -> bits per dimension.
-    p is a density per unit of x, and one grey level is 1/128 of x wide, so the probability of a level is p/128:
+    """Nats of an 8-bit image on the scale of dequantize -> bits per dimension.  A grey level is 1/128 of x wide, so its probability is p/128:
     -log2(p/128^D)/D = -ln p/(D ln 2) + 7.  (score_sde's unexplained "7 -" and, for images in [0, 1], 8.)"""
     return -log_p / (dim * math.log(2)) + 7
 
@@ -954,8 +957,7 @@ def find_base(out, dataset):
     return (own if own.exists() or not shipped.exists() else shipped), f"python 02_train_sde.py --dataset {dataset}"
 
 def find_runs(folder, make):
-    """The finished runs of 02 and 03 in a forget_folder -> {path of model.pt: the args it was made with}, sorted; maybe none."""
-    # A run in progress lives in a hidden folder until it has ended (fresh_folder), and glob does see hidden names.
+    """The finished runs of 02 and 03 in a forget_folder (unfinished ones are hidden) -> {path of model.pt: its args}, sorted; maybe none."""
     paths = sorted(p for p in Path(folder).glob("*/model.pt") if not p.parent.name.startswith("."))
     return {p: load_checkpoint(p, make, ("arch", "ema", "args"))["args"] for p in paths}
 
@@ -965,15 +967,19 @@ def judge_path(args, forget=()):
     own, shipped = Path(args.out) / args.dataset / name, HERE / "data" / f"{args.dataset}_{name}"
     return own if own.exists() or not shipped.exists() else shipped
 
-def load_judge(args, forget=()):
-    """The judge of args.dataset on args.device.  If there is none, 02 --judge trains it, once."""
+def load_judge(args, data, forget=()):
+    """The judge of the Dataset `data` on args.device.  If there is none, or one of --quick where that is not asked for, 02 --judge trains it."""
     more = [x for k in ("data_dir", "quick", "device") if getattr(args, k) for x in ("--" + k.replace("_", "-"), getattr(args, k)) if x is not True]
     argv = ["--dataset", args.dataset, "--judge", "--out", str(args.out), *more, *(["--without", *forget] if args.dataset == "celeba" else [])]
-    if not judge_path(args, forget).exists():
+    make, path = "python 02_train_sde.py " + " ".join(argv), judge_path(args, forget)
+    if not path.exists() or not args.quick and load_checkpoint(path, make, ("arch", "model")).get("quick"):
         state = torch.get_rng_state()  # the first run and the next draw alike
         runpy.run_path(str(HERE / "02_train_sde.py"))["main"](argv)
         torch.set_rng_state(state)
-    content = load_checkpoint(judge_path(args, forget), "python 02_train_sde.py " + " ".join(argv), ("arch", "model"))
+        spread(None, [])  # all wait for the first to have written it
+    content = load_checkpoint(judge_path(args, forget), make, ("arch", "model"))
+    if content.get("classes", data.classes) != data.classes:
+        die(f"{path} knows other classes ({', '.join(content['classes'])}); another folder of pictures needs another --out")
     judge = Judge(**content["arch"])
     judge.load_state_dict(content["model"])
     return judge.to(args.device).eval()
@@ -1010,8 +1016,7 @@ def fresh_folder(path):
             os.replace(path, old)
         os.replace(tmp, path)
     finally:
-        shutil.rmtree(tmp, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        [shutil.rmtree(p, ignore_errors=True) for p in (tmp, old)]
 
 # ==== 13  Pictures ====================================================================================
 def pyplot():
@@ -1020,6 +1025,8 @@ def pyplot():
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     return plt
+
+def short(name): return name[:4] if "_" not in name else "".join(word[0] for word in name.split("_"))  # of a class, for an image's corner
 
 def tile(images, columns):
     """Bytes (N, C, H, W) -> one array (rows*H, columns*W, C or none) for imshow; a short last row is padded with black."""
@@ -1038,13 +1045,11 @@ class Parser(argparse.ArgumentParser):
 
 def number(kind, low, high=math.inf, open_low=False):
     """An argparse type: a number within bounds, which the message names."""
-
     def convert(text):
         value = kind(text)
         if not (low < value if open_low else low <= value) or not value <= high:
             raise argparse.ArgumentTypeError(f"{text} is out of range: {'above' if open_low else 'at least'} {low}" + (f", at most {high}" if high < math.inf else ""))
         return value
-
     convert.__name__ = "whole number" if kind is int else "number"
     return convert
 
@@ -1070,18 +1075,17 @@ def finish_args(args, full, quick):
     for key, value in {**full, **(quick if args.quick else {})}.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    recipe(args.dataset)
-    if "RANK" in os.environ and not dist.is_initialized():  # started by torchrun
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    if recipe(args.dataset) and "RANK" in os.environ and not dist.is_initialized():  # started by torchrun
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=timedelta(hours=12))  # long: the others wait for a download
+        atexit.register(dist.destroy_process_group)
         args.device = f"cuda:{os.environ['LOCAL_RANK']}" if args.device == "cuda" else args.device
         sys.stdout = sys.stdout if dist.get_rank() == 0 else open(os.devnull, "w")
     try:
         torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as e:
+        if args.device.startswith("cuda:"):
+            torch.cuda.set_device(args.device)
+    except (RuntimeError, AssertionError, ValueError) as e:
         die(f"--device {args.device} is not usable here ({str(e).splitlines()[0]}); try --device cpu")
-    args.part_size, rest = divmod(args.batch_size or 1, args.grad_accum * ranks()[1])
-    if rest or not args.part_size:
-        die(f"--batch-size {args.batch_size} cannot be split into {args.grad_accum * ranks()[1]} parts (--grad-accum x processes)")
     make_folder(Path(args.out) / args.dataset)
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA, nothing on a CPU; a likelihood asks for "highest"
@@ -1089,11 +1093,8 @@ def finish_args(args, full, quick):
     return args
 
 def run(main):
-    """main(argv) of a script; memory that does not suffice ends with one line, and torchrun's processes part in peace."""
+    """main(argv) of a script; memory that does not suffice ends with one line."""
     try:
         main(sys.argv[1:])
-    except torch.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError:
         die("out of GPU memory: lower --batch-size, or split a batch with --grad-accum 2 (or 4, 8)")
-    finally:
-        if ranks()[1] > 1:
-            dist.destroy_process_group()

@@ -283,7 +283,7 @@ def main(argv=None):
     path, make = c.find_base(args.out, args.dataset)
     net = c.load_net(path, make, args.device).requires_grad_(False)
     if args.samplers:
-        measure_samplers(args, net, c.load_judge(args), train, test)
+        measure_samplers(args, net, c.load_judge(args, train), train, test)
     if args.json:
         result = benchmark_sampler(args, net, train.images.shape[1:])  # first: it may have no table to read
         result |= benchmark_likelihood(args, net, test.images)

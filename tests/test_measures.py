@@ -69,7 +69,8 @@ def test_class_min_ratio_sees_a_class_that_vanished():
 
 
 def test_the_shipped_judge_is_good_and_takes_bytes(tmp_path):
-    judge, test = c.load_judge(arguments(tmp_path)), c.load_dataset("mnist", train=False)
+    test = c.load_dataset("mnist", train=False)
+    judge = c.load_judge(arguments(tmp_path), test)
     v = c.judge_images(judge, test.images)
     assert (v.labels == test.labels).float().mean() >= 0.992
     noise = torch.randint(0, 256, (200, 1, 28, 28), dtype=torch.uint8, generator=c.rng(0))

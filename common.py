@@ -969,7 +969,7 @@ def judge_path(args, forget=()):
 
 def load_judge(args, data, forget=()):
     """The judge of the Dataset `data` on args.device.  If there is none, or one of --quick where that is not asked for, 02 --judge trains it."""
-    more = [x for k in ("data_dir", "quick", "device") if getattr(args, k) for x in ("--" + k.replace("_", "-"), getattr(args, k)) if x is not True]
+    more = [str(x) for k in ("data_dir", "quick", "device") if getattr(args, k) for x in ("--" + k.replace("_", "-"), getattr(args, k)) if x is not True]
     argv = ["--dataset", args.dataset, "--judge", "--out", str(args.out), *more, *(["--without", *forget] if args.dataset == "celeba" else [])]
     make, path = "python 02_train_sde.py " + " ".join(argv), judge_path(args, forget)
     if not path.exists() or not args.quick and load_checkpoint(path, make, ("arch", "model")).get("quick"):

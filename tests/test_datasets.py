@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, load_script
+from conftest import ROOT, SCRIPTS, arguments, load_script
 from PIL import Image, ImageDraw
 from torchvision import datasets as tv
 
@@ -291,6 +291,33 @@ def test_colour_judge_learns(tmp_path, monkeypatch):
     train, test = (c.load_dataset("folder", tmp_path / "data", part) for part in (True, False))
     judge = load_script("02")["fit_judge"](train, epochs=12, batch=36, lr=1e-3)
     assert (c.judge_images(judge, test.images).labels == test.labels).float().mean() >= 0.9
+
+
+def test_a_judge_of_other_pictures_is_refused_and_a_quick_one_is_replaced(script, tmp_path, monkeypatch):
+    """Folders share out/folder: its judge knows its classes, and that it was trained for a look only."""
+    write_folder(tmp_path / "data", monkeypatch)
+    quick = ("--dataset", "folder", "--quick", "--out", tmp_path / "out")
+    assert script("02", *quick, "--judge", "--data-dir", tmp_path / "data")[0] == 0
+    data = c.load_dataset("folder", tmp_path / "data")
+    args = arguments(tmp_path / "out", dataset="folder", data_dir=tmp_path / "data", quick=True)
+    assert c.load_judge(args, data) is not None
+    with pytest.raises(SystemExit) as e:
+        c.load_judge(args, data._replace(classes=["cat", "dog", "owl"]))
+    assert e.value.code == 2
+    trained = []
+    monkeypatch.setattr(c.runpy, "run_path", lambda path: {"main": trained.append})
+    args.quick = False
+    c.load_judge(args, data)
+    assert "--judge" in trained[0] and "--quick" not in trained[0]
+
+
+@pytest.mark.parametrize("argv, words", [
+    (("02", "--width", 12), "multiple of 8"), (("02", "--dataset", "celeba", "--measure"), "--without"), (("02", "--dataset", "folder"), "--data-dir"),
+    (("03", "--dataset", "cifar100", "--forget", "dog"), "choose from"), (("02", "--device", "cuda:9"), "--device cpu"),
+    (("03", "--forget", 3, "--method", "siss", "--compile"), "--compile")])
+def test_bad_input_is_one_line(script, tmp_path, argv, words):
+    status, _, err = script(argv[0], "--quick", *argv[1:], "--out", tmp_path)
+    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and words in err
 
 
 # ---- devices and processes ---------------------------------------------------------------------------

@@ -149,7 +149,7 @@ def objective(args, net, base, sde, x_g, x_f):                                  
 
 def draw(net, label, args, sde, judge, shape):
     """args.n samples, always from the same noise, and the judge's verdict on them."""
-    x = c.sample_images(net, args.n, shape, sde, args.seed, args.nfe, device=args.device, label=label)
+    x = c.sample_images(net, args.n, shape, sde, args.seed, args.nfe, batch=50 if args.quick else 250, device=args.device, label=label)
     return x, c.judge_images(judge, x)
 
 

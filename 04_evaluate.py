@@ -149,7 +149,7 @@ def sample(desk, model, name="samples", tune=None, **key):
 
     def compute(label):
         net, t0 = tune(model.net) if tune else model.net, time.time()
-        images = c.sample_images(net, a.n, shape, desk.sde, a.seed, a.nfe, device=a.device, label=label)
+        images = c.sample_images(net, a.n, shape, desk.sde, a.seed, a.nfe, batch=50 if a.quick else 250, device=a.device, label=label)
         return dict(images=images, seconds=time.time() - t0)
 
     key = dict(weights=model.digest, sampler=desk.sde.sampler, sde=a.sde, n=a.n, nfe=a.nfe, seed=a.seed, **key)

@@ -50,7 +50,7 @@ def arguments(argv):
         if getattr(args, key):
             c.die(f"--{key} has no meaning with --task {args.task}{' --paper' * args.paper}; leave it out")
     steps = 20 if args.task == "reconstruct" else 1000 if args.paper else 25  # 25 levels, 5 passes each: 121 evaluations
-    full = dict(steps=steps, batch_size=250, n=200, mask="half", resample=5, sigmas=[0.35, 0.5, 0.7, 1.0, 1.4, 1.7, 2.0, 2.8])
+    full = dict(steps=steps, batch_size=250, n=200, mask="half", resample=5, sigmas=[0.5, 1.0, 1.4, 1.7, 2.0, 2.8])
     return c.finish_args(args, full, quick=dict(steps=4, n=12, resample=2, sigmas=[0.5, 1.0]))
 
 

@@ -79,8 +79,8 @@ def arguments(argv):
         if getattr(args, flag) is not None and args.method not in methods:
             c.die(f"--{flag} has no part in --method {args.method}; it belongs to --method {' | '.join(methods)}")
     recipe = dict(retain="dsm", log_sigma=(0.0, 0.7), uniform_t=False, alpha=None, kappa=None, eta=None, c=None) | RECIPES[args.method]
-    if args.method == "obt-rel":  # weaker for VE, whose uniform times give L_g fewer images at the noise where the class is decided
-        recipe |= dict(kappa=None if args.alpha is not None else 1.8 if args.sde == "ve" else recipe["kappa"])
+    if args.method == "obt-rel":  # weaker where uniform times give L_g fewer images at the noise at which the class is decided
+        recipe |= dict(kappa=None if args.alpha is not None else dict(ve=1.8, subvp=2.4).get(args.sde, recipe["kappa"]))
     if args.from_scratch:
         recipe |= dict(steps=3000, lr=8e-3, ema=0.999)
     full = dict(n=2000, nfe=c.SDES[args.sde].nfe, ema=0.98) | c.recipe(args.dataset)["unlearn"] | recipe

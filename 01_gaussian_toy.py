@@ -148,11 +148,11 @@ def samples(net, n, dtype, seed=0):
     return c.ode_sample(net, noise, c.karras_sigmas(31, c.VP().sigma_max()).to(dtype))
 
 
-def exact_row(toy, method, alpha, n):
+def exact_row(toy, method, alpha, n, rk4):
     """-> (D_g, D_f in nats, share at the forgotten mode in percent, max |x|) of the exact optimum."""
     net = optimum(toy, method, alpha)
     x = samples(net, n, torch.float64)
-    return *toy.cross_entropy(log_prob(net, toy.x)), toy.share_at_forgotten(x), x.abs().max().item()
+    return *toy.cross_entropy(log_prob(net, toy.x, rk4)), toy.share_at_forgotten(x), x.abs().max().item()
 
 
 def frontier(toy):
@@ -244,7 +244,7 @@ def arguments(argv):
     p.add_argument("--seed", type=c.number(int, 0), default=0), p.add_argument("--out", default="out")
     p.add_argument("--quick", action="store_true", help="the same path with few steps and samples")
     args = p.parse_args(argv)
-    steps, n, args.alphas = (20, 500, [0.9, 0.7]) if args.quick else (1500, 20000, [0.95, 0.9, 0.8, 0.7, 0.6, 0.5])
+    steps, n, args.rk4, args.alphas = (20, 500, 4, [0.9, 0.7]) if args.quick else (1500, 20000, 20, [0.95, 0.9, 0.8, 0.7, 0.6, 0.5])
     args.steps, args.n, k = args.steps or steps, args.n or n, len(args.weights)
     if len(args.means) != 2 * k or max(args.forget) >= k or len(set(args.forget)) == k:
         c.die(f"--means takes x y for each of the {k} --weights; --forget takes some of 0..{k - 1}, not all")
@@ -269,14 +269,14 @@ def main(argv=None):
     print("method    alpha    D_g    D_f  share    D_g    D_f  share max|x|  error    D_g    D_f")
     exact, nets, rows = {}, {}, []
     for method, alpha in plan:
-        exact[method, alpha] = exact_row(toy, method, alpha, args.n // 2)
+        exact[method, alpha] = exact_row(toy, method, alpha, args.n // 2, args.rk4)
         rows.append(row := table_row(toy, method, alpha, exact[method, alpha], nets, args))
         columns = ("exact_g", "exact_f", "ur_exact", "learned_g", "learned_f", "ur_learned", "max_abs", "field_error", "poster_g", "poster_f")
         cells = [" " * 7 if row[k] is None else f"{row[k]:7.2f}" if row[k] < 1e3 else f"{row[k]:7.0e}" for k in columns]
         print(f"{method:9}{'' if alpha is None else f'{alpha:g}':>6}", *cells, sep="", flush=True)
 
     # ---- where the exact optima go as L_f gains weight: Obt has no bottom, Obt-rel has
-    curves = {m: [exact.get((m, a)) or exact_row(toy, m, a, args.n // 2) for a in args.alphas] for m in ("obt", "obt-rel", "ort")}
+    curves = {m: [exact.get((m, a)) or exact_row(toy, m, a, args.n // 2, args.rk4) for a in args.alphas] for m in ("obt", "obt-rel", "ort")}
     print("\nalpha        " + "".join(f"{a:10g}" for a in args.alphas))
     for m in ("obt", "obt-rel"):
         print(f"{m:8}share" + "".join(f"{r[2]:9.1f}%" for r in curves[m]) + f"\n{'':7}max|x|" + "".join(f"{r[3]:10.1f}" for r in curves[m]))

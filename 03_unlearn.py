@@ -35,7 +35,7 @@ import common as c
 RECIPES = {
     "obt-rel": dict(kappa=2.8, lr=1e-3, retain="distill"),  # kappa, not alpha: one strength for small and for large forget sets
     "obt": dict(alpha=0.9, lr=3e-4),
-    "ort": dict(alpha=0.9, lr=3e-4),
+    "ort": dict(alpha=0.95, lr=3e-4),
     "unseen": dict(lr=3e-4),  # L_g alone: what forgetting does by itself
     "ascent": dict(alpha=0.9, lr=3e-4),
     "erasediff": dict(eta=1e-3, lr=3e-4),  # these two weigh gradients, not losses, so alpha has no part in them

@@ -1,6 +1,6 @@
 """A made-up colour data set: circles, squares and triangles in red, green and blue, as a folder of PNGs for --dataset folder.
 
-    python tests/shapes.py out/shapes        # 9 sub-folders of 500 pictures of 32x32, 20 seconds
+    python tests/shapes.py out/shapes        # 9 sub-folders of 200 pictures of 32x32, a few seconds
 
 Synthetic on purpose: nothing can be downloaded where this was measured, and what is right is plain to see.
 """
@@ -30,7 +30,7 @@ def draw(shape, color, rng, size=32):
     return image.resize((size, size), Image.LANCZOS)
 
 
-def write(root, n=500, seed=0):
+def write(root, n=200, seed=0):
     """n pictures of each of the 9 kinds into root/<color>_<shape>/."""
     rng = np.random.default_rng(seed)
     for color in COLORS:

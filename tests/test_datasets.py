@@ -248,7 +248,7 @@ print((peak() - before) / data.images.numel())
 
 def test_peak_memory_of_loading_is_the_tensor_itself(tmp_path):
     """CelebA's shape, scaled down: decoding, caching and reading together hold at most 1.2 times the images, at either size."""
-    for n in (4000, 12000):
+    for n in (2000, 8000):
         (folder := tmp_path / str(n)).mkdir()
         warm = MEMORY.format(root=str(ROOT), n=n, tmp=str(folder)).replace("c._decode(Faces()", "Faces.__len__ = lambda s: 10\nc._decode(Faces()")
         warm = warm.replace("peak = lambda", f"Faces.__len__ = lambda s: {n}\npeak = lambda")
@@ -372,7 +372,7 @@ def test_torchrun_two_processes_train_like_one(script, tmp_path):
 
 def test_torchrun_evaluates_to_the_same_table(script, tmp_path):
     assert script("03", "--quick", "--forget", 3, "--steps", 2, "--n", 20, "--nfe", 2, "--out", tmp_path)[0] == 0
-    argv = ("--quick", "--forget", 3, "--n", 300, "--nfe", 2, "--n-nll", 40, "--out", tmp_path)
+    argv = ("--quick", "--forget", 3, "--n", 100, "--nfe", 2, "--n-nll", 40, "--out", tmp_path)
     tables = []
     for judge in (lambda: script("04", *argv), lambda: launch(2, (SCRIPTS["04"], *argv))):
         judge()

@@ -102,7 +102,7 @@ RECIPES = {
     "cifar10": dict(size=32, sd=0.5, flip=True, net=_PHOTOS, **_LONG,
         file="cifar-10-python.tar.gz (170 MB, md5 c58f30108f718f92721af3b95e74349a) of www.cs.toronto.edu/~kriz"),
     "stl10": dict(size=64, sd=0.5, flip=True, net=_PHOTOS | dict(patch=2), **_LONG,
-        file="stl10_binary.tar.gz (2,640 MB, md5 91f7769df0f17e558f3565bffb0c7dfb) of cs.stanford.edu/~acoates/stl10"),
+        file="stl10_binary.tar.gz (2,640 MB, md5 91f7769df0f17e558f3565bffb0c7dfb) of ai.stanford.edu/~acoates/stl10"),
     "celeba": dict(size=64, sd=0.5, flip=True, net=_PHOTOS | dict(patch=2), **_LONG,
         file="img_align_celeba.zip (1,443 MB, md5 00d2c5bc6d35e252742224ab0c1e8fcb), unpacked, and its five .txt, into celeba/ (or: pip install gdown)"),
     "imagenette": dict(size=64, sd=0.5, flip=True, net=_PHOTOS | dict(patch=2), **_LONG,

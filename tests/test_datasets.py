@@ -227,7 +227,7 @@ def test_batches_are_drawn_from_the_index_and_mirrored_by_halves():
 
 
 MEMORY = """
-import resource, sys
+import sys
 sys.path.insert(0, {root!r})
 import numpy as np, torch, torchvision, common as c
 class Faces:
@@ -238,7 +238,8 @@ from PIL import Image
 Faces.picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
 c._open_torchvision = lambda *a, **k: Faces()
 c._decode(Faces(), c.Path({tmp!r}) / "warm.npy", 64, None)
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# The kernel's own high-water mark of this program; getrusage's would count the test process that it was forked from.
+peak = lambda: int([line for line in open('/proc/self/status') if line.startswith('VmHWM')][0].split()[1]) * 1024
 before = peak()
 data = c.load_dataset("imagenette", {tmp!r})
 total = sum(int(part.sum(dtype=torch.int64)) for part in data.images.split(20))  # touch every page
@@ -246,9 +247,10 @@ print((peak() - before) / data.images.numel())
 """
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux's memory accounts")
 def test_peak_memory_of_loading_is_the_tensor_itself(tmp_path):
     """CelebA's shape, scaled down: decoding, caching and reading together hold at most 1.2 times the images, at either size."""
-    for n in (2000, 8000):
+    for n in (4000, 12000):
         (folder := tmp_path / str(n)).mkdir()
         warm = MEMORY.format(root=str(ROOT), n=n, tmp=str(folder)).replace("c._decode(Faces()", "Faces.__len__ = lambda s: 10\nc._decode(Faces()")
         warm = warm.replace("peak = lambda", f"Faces.__len__ = lambda s: {n}\npeak = lambda")

@@ -84,7 +84,7 @@ def arguments(argv):
     if args.from_scratch:
         recipe |= dict(steps=3000, lr=8e-3, ema=0.999)
     full = dict(n=2000, nfe=c.SDES[args.sde].nfe, ema=0.98) | c.recipe(args.dataset)["unlearn"] | recipe
-    return c.finish_args(args, full=full, quick=dict(steps=5, batch_size=16, n=60, nfe=6))
+    return c.finish_args(args, full=full, quick=dict(steps=5, batch_size=16, n=40, nfe=4))
 
 
 # ---- the losses --------------------------------------------------------------------------------------

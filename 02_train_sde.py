@@ -8,7 +8,7 @@
     python 02_train_sde.py --dataset mnist --judge         # train the classifier that judges samples instead, 3 minutes
     python 02_train_sde.py --dataset cifar10               # also: fashion_mnist stl10 celeba imagenette, or your own pictures:
     python 02_train_sde.py --dataset folder --data-dir PATH         # PATH has one sub-folder per class
-    torchrun --nproc_per_node=2 02_train_sde.py --dataset cifar10   # a batch shared by two GPUs; 03 and 04 run so too
+    torchrun --nproc_per_node=2 -- 02_train_sde.py --dataset cifar10   # a batch shared by two GPUs; 03 and 04 run so too
 
 Question: what does it take to learn grad log p_t(x) for every noise level t at once?
 Answer:   show the network images at a random noise level and ask it for the noise.  That is the whole loop below.

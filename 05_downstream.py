@@ -248,8 +248,8 @@ def main(argv=None):
     sde, n, inpaint, (h, w) = c.SDES[args.sde](), args.n, args.task == "inpaint", test.images.shape[2:]
     hidden = load_mask(args.mask, h, w) if inpaint else torch.ones(1, h, w, dtype=torch.bool)
     clip = load_clip(args.clip_weights) if args.clip_weights else None
-    folder, nets = find_runs(args, [test.classes[i] for i in forget])
-    judge = c.load_judge(args, test, [test.classes[i] for i in forget])
+    names = [test.classes[i] for i in forget]
+    (folder, nets), judge = find_runs(args, names), c.load_judge(args, test, names)
 
     # ---- data: n test images of D_f, then n of D_g
     parts = [torch.where(part)[0] for part in (is_f, ~is_f)]

@@ -679,8 +679,7 @@ def guarded_step(net, optimizers, skipped, clip=1.0):
     if finite := bool(torch.isfinite(nn.utils.clip_grad_norm_(net.parameters(), clip))):
         for optimizer in optimizers:
             optimizer.step()
-    for w in net.parameters():
-        w.grad = None
+    net.zero_grad()
     if not finite and skipped >= 4:
         die("the gradient was not finite five times in a row; lower --lr (or, when unlearning, raise --alpha)")
     return 0 if finite else skipped + 1

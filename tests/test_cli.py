@@ -116,6 +116,7 @@ def test_own_base_is_preferred_and_named(script, tmp_path):
 def test_judge_quick(script, tmp_path):
     status, out, _ = script("02", *QUICK, "--judge", "--out", tmp_path)
     assert status == 0 and "test accuracy 9" in out and torch.load(tmp_path / "mnist/judge.pt", weights_only=True)["quick"]
+    assert c.load_judge(arguments(tmp_path, quick=True), c.load_dataset("mnist")) is not None
 
 
 @pytest.mark.parametrize("number", [n for n in SCRIPTS if n <= "03"])  # 04 and 05 need a run of 03: see their own test files

@@ -95,7 +95,7 @@ def load(args):
 def train_judge(args):
     """--judge: train, test and save the classifier of common.Judge, in half precision to halve the file."""
     train, test = load(args)
-    part = slice(20000 if args.quick else None)
+    part = slice(10000 if args.quick else None)
     train = train._replace(images=train.images[part], labels=train.labels[part])
     judge = fit_judge(train, epochs=1 if args.quick else 8, seed=args.seed, device=args.device)
     right = c.judge_images(judge, test.images).labels == test.labels
@@ -110,7 +110,7 @@ def measure_base(args):
     path, make = c.find_base(args.out, args.dataset)
     net, (train, test) = c.load_net(path, make, args.device), load(args)
     judge = c.load_judge(args, train, args.without or ())
-    real = c.judge_images(judge, train.images[:5000] if args.quick else train.images).features
+    real = c.judge_images(judge, train.images[:1000] if args.quick else train.images).features
     fake = c.sample_images(net, args.n, train.images.shape[1:], c.VP(), args.seed, device=args.device)
     print(f"{path}, n = {args.n}, {c.VP.sampler}\n{'':9}FD       judge unsure, %")
     for name, images in (("model", fake), ("real", test.images[torch.randperm(len(test.images), generator=c.rng(args.seed))[: args.n]])):

@@ -158,7 +158,7 @@ def report(args, before, after, judge, images_g, test_g, forget, classes, second
 
     before is None when there is no Standard model (--from-scratch); its figures are None then.
     """
-    real = c.judge_images(judge, images_g[:5000] if args.quick else images_g).features
+    real = c.judge_images(judge, images_g[:1000] if args.quick else images_g).features
     real_test = c.judge_images(judge, test_g[torch.randperm(len(test_g), generator=c.rng(args.seed))[: args.n]])
     pairs = ((before, None), (after, before or after), (real_test, None))
     b, a, floor = (c.measure(verdict, forget, real, len(classes), reference) if verdict else {} for verdict, reference in pairs)

@@ -249,7 +249,7 @@ def main(argv=None):
     # ---- data: D_g to compare samples with; test images of D_g and D_f for the likelihood
     data, test = (c.load_dataset(args.dataset, args.data_dir, part, args.forget) for part in (True, False))
     (is_f, forget), test_f = c.split_forget(data, args.forget), c.split_forget(test, args.forget)[0]
-    images_g, test_g, test_f = data.images[~is_f][: 5000 if args.quick else None], test.images[~test_f], test.images[test_f]
+    images_g, test_g, test_f = data.images[~is_f][: 1000 if args.quick else None], test.images[~test_f], test.images[test_f]
     some = lambda images, n: images[torch.randperm(len(images), generator=c.rng(args.seed))[:n]]
     n, ks = min(args.n_nll, len(test_g), len(test_f)), [1, 10, 100] if args.relearn == [] else args.relearn or []
     x = c.dequantize(torch.cat([some(test_g, n), some(test_f, n)])).to(args.device)  # seeded by finish_args: the same in every run

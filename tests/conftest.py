@@ -11,6 +11,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("MPLBACKEND", "Agg")
+# pytest -n: each worker, and each process that it starts, keeps to one core.  PyTorch's threads spin while they wait, so two programs
+# with two threads each on two cores take many times as long as one after the other.
+if (worker := os.environ.get("PYTEST_XDIST_WORKER", "")).startswith("gw") and hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker[2:]) % len(cores)]})
+    torch.set_num_threads(1)
 
 import common as c  # after the path is set
 
@@ -41,6 +47,16 @@ def script(monkeypatch, capsys):
         return status, out, err
 
     return call
+
+
+@pytest.fixture
+def small_base(tmp_path):
+    """A Standard model of a ninth of the shipped one's work, with random weights, where the scripts look first."""
+    arch = torch.load(c.HERE / "data/mnist_base.pt", weights_only=True)["arch"] | dict(width=16)
+    torch.manual_seed(0)
+    (path := tmp_path / "mnist/base.pt").parent.mkdir()
+    c.save_checkpoint(path, arch=arch, ema=c.UNet(**arch).state_dict())
+    return path
 
 
 @pytest.fixture(scope="session")

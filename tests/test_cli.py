@@ -23,7 +23,7 @@ METHODS = ["obt-rel", "obt", "ort", "unseen", "ascent", "erasediff", "siss"]
 
 
 @pytest.mark.parametrize("method, sde", [*((m, "vp") for m in METHODS), ("obt-rel", "ve"), ("obt-rel", "subvp"), ("obt-rel", "ddpm")])
-def test_unlearn_quick(script, tmp_path, method, sde):
+def test_unlearn_quick(script, tmp_path, small_base, method, sde):
     status, out, _ = script("03", *QUICK, "--forget", 3, 7, "--method", method, "--sde", sde, "--out", tmp_path)
     folder = tmp_path / f"mnist/forget-3-7/{method}-{sde}"
     assert status == 0 and "class 3 '3', class 7 '7': 12,396 images; keeping 47,604" in out
@@ -39,7 +39,7 @@ def test_unlearn_quick(script, tmp_path, method, sde):
 
 
 @pytest.mark.slow
-def test_every_method_with_every_sde_gives_other_weights(script, tmp_path):
+def test_every_method_with_every_sde_gives_other_weights(script, tmp_path, small_base):
     """Seven methods and Ort's second reading, four SDEs: 32 runs, 32 different models."""
     seen = {}
     for method in [*METHODS, "ort --ort inner"]:
@@ -56,7 +56,7 @@ def test_every_method_with_every_sde_gives_other_weights(script, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["ort", "obt", "unseen", "siss"])
-def test_from_scratch_quick(script, tmp_path, method):
+def test_from_scratch_quick(script, tmp_path, small_base, method):
     """A small network of its own, not the base; Standard is still what "before" means."""
     status, out, _ = script("03", *QUICK, "--forget", 3, "--method", method, "--from-scratch", "--n", 10, "--nfe", 2, "--out", tmp_path)
     folder = tmp_path / f"mnist/forget-3/{method}-vp-scratch"
@@ -78,7 +78,7 @@ def test_ddpm_forget_loss_is_applied(script, tmp_path):
     x_f = c.dequantize(test.images[test.labels == 3][:500])
     value = {}
     for method in ("ort", "unseen"):
-        argv = ("--forget", 3, "--method", method, "--sde", "ddpm", "--steps", 80, "--lr", 1e-3, "--ema", 0.9, "--uniform-t", "--n", 10, "--nfe", 2)
+        argv = ("--forget", 3, "--method", method, "--sde", "ddpm", "--steps", 60, "--batch-size", 16, "--lr", 1e-3, "--ema", 0.9, "--uniform-t", "--n", 10, "--nfe", 2)
         argv += ("--out", tmp_path, *(("--alpha", 0.5) if method == "ort" else ()))
         assert script("03", *QUICK, *argv)[0] == 0
         net = c.load_net(tmp_path / f"mnist/forget-3/{method}-ddpm/model.pt", "")
@@ -88,7 +88,7 @@ def test_ddpm_forget_loss_is_applied(script, tmp_path):
     assert value["ort"] < 0.8 * value["unseen"]
 
 
-def test_seed_names_a_folder_and_changes_the_run(script, tmp_path):
+def test_seed_names_a_folder_and_changes_the_run(script, tmp_path, small_base):
     for seed in (0, 1):
         assert script("03", *QUICK, "--forget", 3, "--seed", seed, "--out", tmp_path)[0] == 0
     a, b = (torch.load(tmp_path / f"mnist/forget-3/obt-rel-vp{s}/model.pt", weights_only=True)["ema"] for s in ("", "-s1"))
@@ -96,7 +96,7 @@ def test_seed_names_a_folder_and_changes_the_run(script, tmp_path):
 
 
 @pytest.mark.parametrize("flag", [("--alpha", 0.2), ("--lr", 1e-2), ("--steps", 3), ("--batch-size", 8), ("--log-sigma", 1, 1), ("--uniform-t",), ("--ema", 0), ("--retain", "dsm")])
-def test_no_flag_of_03_is_ignored(script, tmp_path, flag, request):
+def test_no_flag_of_03_is_ignored(script, tmp_path, small_base, flag):
     """A training flag that is changed changes the weights."""
     weights = []
     for extra in ((), flag):
@@ -106,7 +106,7 @@ def test_no_flag_of_03_is_ignored(script, tmp_path, flag, request):
 
 
 def test_own_base_is_preferred_and_named(script, tmp_path):
-    assert script("02", *QUICK, "--steps", 2, "--out", tmp_path)[0] == 0
+    assert script("02", *QUICK, "--steps", 2, "--width", 16, "--out", tmp_path)[0] == 0
     status, out, _ = script("03", *QUICK, "--forget", 3, "--out", tmp_path)
     assert status == 0 and str(tmp_path / "mnist/base.pt") in out
     status, out, _ = script("03", *QUICK, "--forget", 3, "--out", tmp_path / "other")
@@ -204,7 +204,7 @@ def test_resume_without_a_checkpoint(script, tmp_path):
     assert status == 2 and err.count("\n") == 1 and "not found" in err
 
 
-def test_a_failed_run_leaves_the_finished_one(script, tmp_path, monkeypatch):
+def test_a_failed_run_leaves_the_finished_one(script, tmp_path, small_base, monkeypatch):
     assert script("03", *QUICK, "--forget", 3, "--out", tmp_path)[0] == 0
     before = tree(tmp_path)
     monkeypatch.setattr(c, "guarded_step", lambda *a: c.die("diverged"))

@@ -266,7 +266,7 @@ def test_peak_memory_of_loading_is_the_tensor_itself(tmp_path):
 def test_chain_from_02_to_05(name, script, tmp_path, monkeypatch):
     forget, _ = WRITE[name](tmp_path / "data", monkeypatch)
     common = ("--dataset", name, "--data-dir", tmp_path / "data", "--quick", "--out", tmp_path / "out")
-    assert script("02", *common, "--steps", 2, "--batch-size", 4)[0] == 0
+    assert script("02", *common, "--steps", 2, "--batch-size", 4, "--width", 16)[0] == 0
     for argv in (("03", "--steps", 2, "--batch-size", 4, "--n", 20, "--nfe", 2), ("04", "--n", 20, "--nfe", 2, "--nll", "bound", "--n-nll", 2),
                  ("05", "--n", 3, "--steps", 2)):
         status, _, err = script(argv[0], *common, "--forget", forget, *argv[1:])
@@ -291,7 +291,7 @@ def test_colour_judge_learns(tmp_path, monkeypatch):
     """ResNet-18 tells three colours apart after a few passes."""
     write_folder(tmp_path / "data", monkeypatch)
     train, test = (c.load_dataset("folder", tmp_path / "data", part) for part in (True, False))
-    judge = load_script("02")["fit_judge"](train, epochs=12, batch=36, lr=1e-3)
+    judge = load_script("02")["fit_judge"](train, epochs=8, batch=36, lr=1e-3)
     assert (c.judge_images(judge, test.images).labels == test.labels).float().mean() >= 0.9
 
 
@@ -358,7 +358,7 @@ def test_torchrun_two_processes_train_like_one(script, tmp_path):
     """02 and 03: two processes, and one that does the same batch in two parts, end with the same weights and losses; one process writes."""
     quick = ("--quick", "--steps", 3, "--batch-size", 8)
     unlearn = (*quick, "--forget", 3, "--n", 20, "--nfe", 2)
-    for number, argv in (("02", quick), ("03", unlearn)):
+    for number, argv in (("02", (*quick, "--width", 16)), ("03", unlearn)):
         assert script(number, *argv, "--grad-accum", 2, "--out", tmp_path / "one")[0] == 0
         printed = launch(2, (SCRIPTS[number], *argv, "--out", tmp_path / "two"))
         assert printed.count("model: ") == 1
@@ -372,7 +372,7 @@ def test_torchrun_two_processes_train_like_one(script, tmp_path):
     assert {p.name for p in (tmp_path / "two/mnist/forget-3").iterdir()} == {"obt-rel-vp"}  # nothing temporary is left
 
 
-def test_torchrun_evaluates_to_the_same_table(script, tmp_path):
+def test_torchrun_evaluates_to_the_same_table(script, tmp_path, small_base):
     assert script("03", "--quick", "--forget", 3, "--steps", 2, "--n", 20, "--nfe", 2, "--out", tmp_path)[0] == 0
     argv = ("--quick", "--forget", 3, "--n", 100, "--nfe", 2, "--n-nll", 40, "--out", tmp_path)
     tables = []

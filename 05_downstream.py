@@ -49,8 +49,8 @@ def arguments(argv):
     for key in dict(inpaint=["lr", "sigmas"] + ["resample"] * args.paper, reconstruct=["lr", "mask", "resample", "paper"])[args.task]:
         if getattr(args, key):
             c.die(f"--{key} has no meaning with --task {args.task}{' --paper' * args.paper}; leave it out")
-    steps = 20 if args.task == "reconstruct" else 1000 if args.paper else 25  # 25 levels, 5 passes each: 121 evaluations
-    full = dict(steps=steps, batch_size=250, n=200, mask="half", resample=5, sigmas=[0.5, 1.0, 1.4, 1.7, 2.0, 2.8])
+    steps = 16 if args.task == "reconstruct" else 1000 if args.paper else 25  # 25 levels, 5 passes each: 121 evaluations
+    full = dict(steps=steps, batch_size=250, n=200, mask="half", resample=5, sigmas=[1.0, 1.4, 1.7, 2.0, 2.8])
     return c.finish_args(args, full, quick=dict(steps=4, n=12, resample=2, sigmas=[0.5, 1.0]))
 
 

@@ -243,20 +243,24 @@ peak = lambda: int([line for line in open('/proc/self/status') if line.startswit
 before = peak()
 data = c.load_dataset("imagenette", {tmp!r})
 total = sum(int(part.sum(dtype=torch.int64)) for part in data.images.split(20))  # touch every page
-print((peak() - before) / data.images.numel())
+print(peak() - before, data.images.numel())
 """
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux's memory accounts")
 def test_peak_memory_of_loading_is_the_tensor_itself(tmp_path):
-    """CelebA's shape, scaled down: decoding, caching and reading together hold at most 1.2 times the images, at either size."""
+    """CelebA's shape, scaled down: decoding, caching and reading together hold the images once, and a constant for the rest."""
+    peaks, sizes = [], []
     for n in (4000, 12000):
         (folder := tmp_path / str(n)).mkdir()
         warm = MEMORY.format(root=str(ROOT), n=n, tmp=str(folder)).replace("c._decode(Faces()", "Faces.__len__ = lambda s: 10\nc._decode(Faces()")
         warm = warm.replace("peak = lambda", f"Faces.__len__ = lambda s: {n}\npeak = lambda")
-        share = float(subprocess.run([sys.executable, "-c", warm], capture_output=True, text=True, check=True).stdout.split()[-1])
-        print(f"{n:,} images of 3x64x64: peak {share:.2f} x the tensor")
-        assert 0.5 < share < 1.2
+        done = subprocess.run([sys.executable, "-c", warm], capture_output=True, text=True, check=True)
+        for values, value in zip((peaks, sizes), done.stdout.split()[-2:]):
+            values.append(int(value))
+    print(f"peaks {peaks} bytes of images of {sizes} bytes")
+    # A second copy of the images would make the slope 2; the first program's constant, some MB, differs from machine to machine.
+    assert 0.5 < (peaks[1] - peaks[0]) / (sizes[1] - sizes[0]) < 1.2 and peaks[0] < sizes[0] + 32e6
 
 
 # ---- the whole chain ---------------------------------------------------------------------------------

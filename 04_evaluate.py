@@ -70,7 +70,9 @@ def find_models(args, names, folder):
     found = [("standard", base, train, c.load_checkpoint(base, train).get("args", {}))]
     # Unseen comes first: it is what forgetting is compared with.
     found += [(p.parent.name, p, make, runs[p]) for p in sorted(runs, key=lambda p: (runs[p]["method"] != "unseen", p))]
-    load = lambda path, command: c.load_net(path, command, args.device).requires_grad_(False)
+    # Channels-last draws 1.2 to 1.3 times as fast on an AMD CPU with AVX2 and as fast as ever on others; on CUDA it would need --compile.
+    layout = dict(memory_format=torch.channels_last) if args.device == "cpu" else {}
+    load = lambda path, command: c.load_net(path, command, args.device).requires_grad_(False).to(**layout)
     return [Model(name, load(path, command), trained, hashlib.sha256(path.read_bytes()).hexdigest()) for name, path, command, trained in found]
 
 

@@ -12,12 +12,14 @@ every run with one seed, are drawn once and kept in out/tables/.
 
 How the weights are chosen (group vp), alike for every method: three learning rates at the middle weight, then the paper's noise
 for D_f against ours, then the other retain loss, then the two other weights, all with seed 0; then two more seeds at the weight
-whose UR is nearest to 1 %.
+whose UR is nearest to 1 %.  Group ve takes rate, noise and retain loss from there and looks for the weight again; group long goes
+from the weight chosen there to weaker or stronger ones until two runs lie around UR 1 %.
 """
 import argparse
 import json
 import math
 import runpy
+import statistics
 import sys
 from pathlib import Path
 
@@ -41,6 +43,8 @@ WEIGHTS = {
     "unseen": (None, (None,)),
 }
 RATES = (1e-4, 3e-4, 1e-3)
+# Weaker than any of those: five times the steps push five times as long.
+WEAKER = {"obt-rel": (1.2, 1.4, 1.7), "ascent": (0.997, 0.99, 0.98), "erasediff": (1e-5, 1e-4), "siss": (0.003, 0.01)}
 
 
 # ---- running and keeping -----------------------------------------------------------------------------
@@ -74,10 +78,12 @@ def remember_base_samples():
 
 
 def run(name, *argv, quick=False, dry=False):
-    """One command of 03 under a name -> its result, from the table if it is there; with dry None if it is not."""
+    """One command of 03 under a name -> its result, from the table if it is there; with dry ("list" or "look", which is silent)
+    None if it is not."""
     known = load().get(name)
     if known or dry:
-        print(f"{'done   ' if known else 'missing'} {name}")
+        if dry != "look":
+            print(f"{'done   ' if known else 'missing'} {name}")
         return known
     tiny = "--quick --steps 3 --batch-size 8".split() if quick else []  # at the end: of a flag given twice the last counts
     argv = ["--dataset", "mnist", *(str(a) for a in argv), *tiny]
@@ -97,6 +103,11 @@ def run(name, *argv, quick=False, dry=False):
 def cost(r):
     """One number to choose by: ln of the FD ratio, plus a share of how far UR is above 1 %, on the same scale."""
     return math.log(r["fd_after"] / r["fd_before"]) + 0.5 * max(0.0, math.log(max(r["ur_after"], 0.05)))
+
+
+def nearest(found):
+    """{weight: result} -> the weight whose UR is nearest to 1 %, on a scale of ratios."""
+    return min(found, key=lambda v: abs(math.log(max(found[v]["ur_after"], 0.05))))
 
 
 def weigh(method, value):
@@ -133,8 +144,7 @@ def choose(method, **how):
     found = {v: run(f"vp/{method}/{v}/{tail}", *base, *weigh(method, v), *flags, **how) for v in values}
     if None in found.values():
         return None
-    best = min(values, key=lambda v: abs(math.log(max(found[v]["ur_after"], 0.05))))
-    return dict(flags=flags, best=best, tail=tail)
+    return dict(flags=flags, best=nearest(found), tail=tail)
 
 
 def group_vp(methods=tuple(WEIGHTS), **how):
@@ -147,42 +157,83 @@ def group_vp(methods=tuple(WEIGHTS), **how):
 
 
 def chosen(method):
-    """The flags and the weight chosen for a method in group vp; None while that is not done."""
-    picked = choose(method, dry=True)
+    """What group vp chose for a method, as choose returns it; None while that is not done."""
+    picked = choose(method, dry="look")
     if picked is None:
-        return print(f"missing vp/{method}: run --only vp first")
-    return (*weigh(method, picked["best"]), *picked["flags"])
+        print(f"missing vp/{method}: run --only vp first")
+    return picked
 
 
-def group_long(methods=("obt-rel", "ascent", "siss"), **how):
-    """Does quality hold at five times the steps?  Obt-rel, ascent and SISS."""
-    for method in methods:
-        flags = chosen(method)
-        for seed in (0, 1, 2) if flags else ():
-            run(f"long/{method}/s{seed}", *setting(method, steps=1000), *flags, "--seed", seed, **how)
+def best_rival():
+    """The published rival with the lowest FD at UR 1 % in group vp, of those that come there; else by cost at the chosen weight."""
+    table, rank = load(), {}
+    for method in ("erasediff", "siss"):
+        if picked := choose(method, dry="look"):
+            fd = at_one(table, method, picked)
+            rank[method] = (0, statistics.mean(fd)) if fd else (1, cost(table[f"vp/{method}/{picked['best']}/{picked['tail']}"]))
+    return min(rank, key=rank.get, default="siss")
+
+
+def group_long(methods=(), **how):
+    """Does quality hold at five times the steps?  Obt-rel, ascent and the best published rival."""
+    for method in methods or ("obt-rel", "ascent", best_rival()):
+        if not (picked := chosen(method)):
+            continue
+        values, found = (*WEAKER.get(method, ()), *WEIGHTS[method][1]), {}
+        attempt = lambda v, name, *more: run(f"long/{method}/{v}{name}", *setting(method, steps=1000), *weigh(method, v), *picked["flags"], *more, **how)
+        k = values.index(picked["best"])
+        while 0 <= k < len(values) and values[k] not in found and (r := attempt(values[k], "")):
+            found[values[k]] = r
+            k += 1 if r["ur_after"] > 1 else -1  # back and forth ends where it has been: then UR 1 % lies between the two
+        for seed in (1, 2) if found else ():
+            attempt(nearest(found), f"/s{seed}", "--seed", seed)
 
 
 def group_ve(methods=tuple(WEIGHTS), **how):
     """The poster's MNIST rows: VE, forget 3, 7, and 3 and 7."""
     for method in methods:
-        flags = chosen(method)
-        for forget in ((3,), (7,), (3, 7)) if flags else ():
-            run(f"ve/{'-'.join(map(str, forget))}/{method}", *setting(method, forget), *flags, "--sde", "ve", **how)
+        if not (picked := chosen(method)):
+            continue
+        attempt = lambda v, forget, name: run(f"ve/{'-'.join(map(str, forget))}/{method}{name}", *setting(method, forget), *weigh(method, v),
+                                              *picked["flags"], "--sde", "ve", **how)
+        found = {v: attempt(v, (3,), f"/{v}") for v in WEIGHTS[method][1]}
+        for forget in ((7,), (3, 7)) if all(found.values()) else ():
+            attempt(best := nearest(found), forget, f"/{best}")
 
 
 def group_ddpm(methods=("obt-rel", "obt", "ort", "unseen", "erasediff"), **how):
     """The 1000-step chain, ancestral sampling in 50."""
     for method in methods:
-        flags = chosen(method)
-        if flags:
-            run(f"ddpm/{method}", *setting(method), *flags, "--sde", "ddpm", **how)
+        if picked := chosen(method):
+            run(f"ddpm/{method}", *setting(method), *weigh(method, picked["best"]), *picked["flags"], "--sde", "ddpm", **how)
 
 
-def group_scratch(methods=("unseen", "ort", "obt"), **how):
-    """The paper's Table 1 setting: random weights, 3000 steps, both losses from the first on."""
+def run_standard(name, steps=3000, quick=False, dry=False):
+    """A Standard model of 02 with so few steps, measured as 03 measures one -> its entry."""
+    if dry or name in load():
+        return print(f"{'done   ' if name in load() else 'missing'} {name}")
+    argv = ["--dataset", "mnist", "--steps", "3" if quick else str(steps), "--lr", "8e-3", "--ema", "0.999"]  # as 03 --from-scratch trains
+    folder, data, a = OUT / name.replace("/", "-"), c.load_dataset("mnist"), argparse.Namespace(dataset="mnist", data_dir=None, quick=quick, out=OUT, device="cpu")
+    runpy.run_path(str(ROOT / "02_train_sde.py"))["main"]([*argv, "--sample-every", str(steps), "--out", str(folder), *(["--quick"] if quick else [])])
+    n, nfe, judge, is_g = 20 if quick else 2000, c.VP.nfe, c.load_judge(a, data), data.labels != 3
+    draw = lambda net, label: c.judge_images(judge, c.sample_images(net, n, data.images.shape[1:], c.VP(), 0, nfe, label=label))
+    before, after = draw(c.load_net(*c.find_base(OUT, "mnist")), "samples before"), draw(c.load_net(folder / "mnist/base.pt", "02"), "samples")
+    real = c.judge_images(judge, data.images[is_g][: 1000 if quick else None]).features
+    b, m = c.measure(before, [3], real, 10), c.measure(after, [3], real, 10, before)
+    return keep(name, " ".join(["python 02_train_sde.py", *argv]), dict(
+        n=n, ur_before=b["ur"], fd_before=b["fd"], ur_after=m["ur"], ur_interval=m["ur_interval"], fd_after=m["fd"],
+        class_min_ratio=m["class_min_ratio"], low_confidence_after=m["low_confidence"]))
+
+
+def group_scratch(methods=("standard", "unseen", "ort", "obt"), **how):
+    """The paper's Table 1 setting: random weights, 3000 steps, both losses from the first on.  Obt-rel compares with a Standard model,
+    so it cannot be had from scratch.  Ratios are to the shipped Standard model, which had ten times the steps."""
     for method in methods:
-        for value in WEIGHTS[method][1]:
-            run(f"scratch/{method}/{value}", "--forget", 3, "--method", method, "--from-scratch", *weigh(method, value), **how)
+        if method == "standard":
+            run_standard("scratch/standard", **how)
+        else:
+            value = WEIGHTS[method][1][len(WEIGHTS[method][1]) // 2]
+            run(f"scratch/{method}" + (f"/{value}" if value else ""), "--forget", 3, "--method", method, "--from-scratch", *weigh(method, value), **how)
 
 
 def networks(prefix):
@@ -206,6 +257,8 @@ def test_images(n):
 def group_nll(quick=False, dry=False):
     """Bits/dim of test images of D_g and D_f under the VE models that forget 3, mean and standard error."""
     for method, net in networks("ve/3/").items():
+        if method != "standard" and f"ve/7/{method}" not in load():
+            continue  # not the chosen weight
         name = f"nll/{method}"
         if name in load() or dry:
             print(f"{'done   ' if name in load() else 'missing'} {name}")
@@ -222,7 +275,7 @@ def group_nll(quick=False, dry=False):
 def group_noise(quick=False, dry=False):
     """Where forgetting happens: v-loss of D_g and D_f by noise level, the weights chosen in group vp."""
     loss_by_noise = runpy.run_path(str(ROOT / "02_train_sde.py"))["loss_by_noise"]
-    chosen_runs = [f"{m}/{p['best']}/{p['tail']}" for m in WEIGHTS if (p := choose(m, dry=True))]
+    chosen_runs = [f"{m}/{p['best']}/{p['tail']}" for m in WEIGHTS if (p := choose(m, dry="look"))]
     for method, net in networks("vp/").items():
         if method in ("standard", *chosen_runs) and not dry:
             g, f = (loss_by_noise(net, x) for x in test_images(4 if quick else 500))
@@ -236,14 +289,12 @@ GROUPS = dict(vp=group_vp, long=group_long, ve=group_ve, ddpm=group_ddpm, scratc
 
 def run_lines(rows):
     """A group of runs of 03 -> lines of Markdown."""
-    any_row = next(iter(rows.values()))
-    yield f"Standard: UR {any_row['ur_before']:.2f} %, FD {any_row['fd_before']:.2f}\n"
     yield "| run | UR % (95 %) | FD | FD / Standard's | class_min_ratio | unsure % | s |\n|---|---|---|---|---|---|---|"
     for name, r in rows.items():
         low, high = r["ur_interval"]
         yield (
-            f"| {name} | {r['ur_after']:.2f} ({low:.1f}-{high:.1f}) | {r['fd_after']:.2f} | x{r['fd_after'] / r['fd_before']:.2f} "
-            f"| {r['class_min_ratio']:.2f} | {r['low_confidence_after']:.1f} | {r['seconds']:.0f} |"
+            f"| {name} | {r['ur_before']:.2f} > {r['ur_after']:.2f} ({low:.1f}-{high:.1f}) | {r['fd_before']:.2f} > {r['fd_after']:.2f} | x{r['fd_after'] / r['fd_before']:.2f} "
+            f"| {r['class_min_ratio']:.2f} | {r['low_confidence_after']:.1f} | {r.get('seconds', math.nan):.0f} |"
         )
 
 
@@ -267,37 +318,69 @@ def tables(table):
     for group, fill in GROUPS.items():
         rows = {k[len(group) + 1 :]: r for k, r in table.items() if k.startswith(group + "/")}
         if rows:
-            print(f"\n### {group}: {fill.__doc__}\n")
+            print(f"\n### {group}: {' '.join(fill.__doc__.split())}\n")
             print(*dict(nll=nll_lines, noise=noise_lines).get(group, run_lines)(rows), sep="\n")
 
 
-def fd_at_one_percent(points):
-    """FD ratio where UR passes 1 %, linear in ln UR between the two runs around it -> number, or None when none or all are below."""
-    points = sorted((math.log(max(ur, 0.05)), fd) for ur, fd in points)
+def fd_at_one_percent(points, seeds=()):
+    """(UR, FD ratio) of one seed's weights -> [FD ratio where UR is 1 %], linear in ln UR between the two runs around it; [] where all
+    lie on one side.  `seeds` are runs of other seeds at one weight: each moves to UR = 1 % along that line, and adds a number."""
+    log = lambda runs: [(math.log(max(ur, 0.05)), fd) for ur, fd in runs]
+    points = sorted(log(points))
     for (u0, f0), (u1, f1) in zip(points[:-1], points[1:]):
         if u0 <= 0 <= u1 and u0 < u1:
-            return f0 + (f1 - f0) * (0 - u0) / (u1 - u0)
-    return None
+            slope = (f1 - f0) / (u1 - u0)
+            return [f0 - slope * u0, *(f - slope * u for u, f in log(seeds))]
+    return []
+
+
+def point(r):
+    """A run -> (UR, FD ratio)."""
+    return r["ur_after"], r["fd_after"] / r["fd_before"]
+
+
+def at_one(table, method, picked):
+    """FD ratios at UR 1 % of a method in group vp, one a seed."""
+    names = [f"vp/{method}/{v}/{picked['tail']}" for v in WEIGHTS[method][1]]
+    return fd_at_one_percent([point(table[n]) for n in names], [point(r) for n, r in table.items() if n.startswith(f"vp/{method}/{picked['best']}/{picked['tail']}/s")])
+
+
+def long_at_one(table, method):
+    """The same in group long."""
+    runs = {n.split("/", 2)[2]: point(r) for n, r in table.items() if n.startswith(f"long/{method}/")}
+    return fd_at_one_percent([p for n, p in runs.items() if "/s" not in n], [p for n, p in runs.items() if "/s" in n])
+
+
+def summary_lines(table):
+    """The number under the figure: FD at UR = 1 %, 200 and 1000 steps, and what the chosen weight gives, means over its seeds."""
+    said = lambda fd: f"x{statistics.mean(fd):.2f} ({min(fd):.2f} to {max(fd):.2f}, {len(fd)} seeds)" if fd else "UR 1 % not between two runs"
+    yield "| method | chosen | UR % | FD | class_min_ratio | unsure % | FD at UR 1 % | the same, 1000 steps |\n|---|---|---|---|---|---|---|---|"
+    for method in WEIGHTS:
+        if picked := choose(method, dry="look"):
+            name = f"vp/{method}/{picked['best']}/{picked['tail']}"
+            runs = [r for n, r in table.items() if n == name or n.startswith(name + "/s")]
+            mean = lambda key: statistics.mean(r[key] for r in runs)
+            flags = " ".join(map(str, (*weigh(method, picked["best"]), *picked["flags"])))
+            later = said(long_at_one(table, method)) if any(n.startswith(f"long/{method}/") for n in table) else ""
+            yield (f"| {method} | `{flags}` | {mean('ur_after'):.2f} | x{statistics.mean(point(r)[1] for r in runs):.2f} | {mean('class_min_ratio'):.2f} "
+                   f"| {mean('low_confidence_after'):.1f} | {said(at_one(table, method, picked))} | {later} |")
 
 
 def figure(table, path):
-    """UR against FD, a curve per method over its weights, seeds as crosses -> FD at UR = 1 % per method."""
-    plt, at_one = c.pyplot(), {}
+    """UR against FD, a curve per method over its weights, other seeds as crosses."""
+    plt = c.pyplot()
     fig, ax = plt.subplots(figsize=(7, 4.4))
     for i, method in enumerate(WEIGHTS):
-        picked = choose(method, dry=True)
+        picked = choose(method, dry="look")
         if picked is None:
             continue
         names = [f"vp/{method}/{v}/{picked['tail']}" for v in WEIGHTS[method][1]]
-        points = [(table[n]["ur_after"], table[n]["fd_after"] / table[n]["fd_before"]) for n in names]
-        seeds = [table[n] for n in table if n.startswith(f"vp/{method}/{picked['best']}/{picked['tail']}/s")]
-        ax.plot(*zip(*points), "o-", color=f"C{i}", label=method, ms=5)
-        ax.plot([r["ur_after"] for r in seeds], [r["fd_after"] / r["fd_before"] for r in seeds], "x", color=f"C{i}", ms=6)
-        at_one[method] = fd_at_one_percent(points)
+        ax.plot(*zip(*(point(table[n]) for n in names)), "o-", color=f"C{i}", label=method, ms=5)
+        for seed in [n for n in table if n.startswith(f"vp/{method}/{picked['best']}/{picked['tail']}/s")]:
+            ax.plot(*point(table[seed]), "x", color=f"C{i}", ms=6)
     ax.axvline(1, color="0.7", lw=1), ax.axhline(1, color="0.7", lw=1)
     ax.set(xscale="log", yscale="log", xlabel="unlearning ratio, % of samples judged a 3 (left: forgotten)", ylabel="FD / Standard's FD (low: kept)")
     ax.legend(fontsize=8), fig.tight_layout(), fig.savefig(path, dpi=90), plt.close(fig)
-    return at_one
 
 
 def main(argv=None):
@@ -317,11 +400,11 @@ def main(argv=None):
         c.die(f"--only {args.only}: choose a group from: {', '.join(GROUPS)}; after a slash a method from: {', '.join(WEIGHTS)}")
     for name in [group] if group else GROUPS:
         if not args.draw:
-            GROUPS[name](**(dict(methods=(method,)) if method else {}), quick=args.quick, dry=args.list)
+            GROUPS[name](**(dict(methods=(method,)) if method else {}), quick=args.quick, dry="list" if args.list else None)
     if not args.list:
         tables(load())
-        for method, fd in figure(load(), OUT / "tradeoff.png" if args.quick else ROOT / "assets" / "tradeoff.png").items():
-            print(f"{method}: FD at UR = 1 %: " + ("not bracketed" if fd is None else f"x{fd:.2f}"))
+        figure(load(), OUT / "tradeoff.png" if args.quick else ROOT / "assets" / "tradeoff.png")
+        print("\n### FD at UR 1 %\n", *summary_lines(load()), sep="\n")
 
 
 if __name__ == "__main__":

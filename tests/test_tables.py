@@ -49,7 +49,23 @@ def test_a_finished_run_is_kept_and_not_repeated(maker, tmp_path, capsys):
 
 
 def test_fd_at_one_percent():
-    """Linear in ln UR: halfway between 0.5 and 2 %; none without a bracket."""
+    """Linear in ln UR: halfway between 0.5 and 2 %; another seed moves along the same line; none without two runs around 1 %."""
     at = runpy.run_path(str(ROOT / "tests/make_tables.py"))["fd_at_one_percent"]
-    assert at([(2.0, 1.0), (0.5, 2.0)]) == pytest.approx(1.5)
-    assert at([(4.0, 1.0), (2.0, 2.0)]) is None
+    assert at([(2.0, 1.0), (0.5, 2.0)]) == pytest.approx([1.5])
+    assert at([(2.0, 1.0), (0.5, 2.0), (0.25, 9.0)], [(2.0, 1.2), (1.0, 1.3), (0.5, 2.6)]) == pytest.approx([1.5, 1.7, 1.3, 2.1])
+    assert at([(4.0, 1.0), (2.0, 2.0)], [(4.0, 1.0)]) == []
+
+
+@pytest.mark.parametrize("passes, order", [(1.8, [2.5, 2.0, 1.7]), (2.75, [2.5, 3.0]), (0.1, [2.5, 2.0, 1.7, 1.4, 1.2]), (9.0, [2.5, 3.0])])
+def test_long_runs_stop_at_the_first_pair_around_one_percent(maker, passes, order):
+    """A made-up world in which UR falls below 1 % at one weight: from the chosen weight towards it, no further, then seeds there."""
+    asked = []
+
+    def run(name, *argv, **how):
+        asked.append((float(argv[argv.index("--kappa") + 1]), "--seed" in argv))
+        return dict(ur_after=1.5 ** (4 * (passes - asked[-1][0])), fd_after=1.0, fd_before=1.0)
+
+    maker.update(run=run, chosen=lambda method: dict(flags=("--lr", 1e-3), best=2.5, tail="lr-0.001"))
+    maker["group_long"](("obt-rel",))
+    assert [w for w, seeded in asked if not seeded] == order
+    assert len(set(w for w, seeded in asked if seeded)) == 1 and sum(seeded for _, seeded in asked) == 2

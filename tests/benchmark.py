@@ -1,6 +1,6 @@
 """Likelihood, sampler and training step against the usual recipes, on the trained MNIST network.
 
-    torchrun --nproc_per_node=2 -- tests/benchmark.py --samplers     # makes assets/samplers.json; go on after Ctrl-C with the same
+    torchrun --nproc_per_node=2 -- tests/benchmark.py --samplers     # makes assets/samplers.json; Ctrl-C, the same again: goes on
     python tests/benchmark.py --json speed.json     # seconds and errors on this machine; reads assets/samplers.json
     python tests/benchmark.py --quick --samplers --samplers-file /tmp/s.json --json /tmp/b.json       # does it run?
 
@@ -170,9 +170,9 @@ def draw(args, net, name, run, seed, shape, chunk=125):
         path = folder / f"{name}-steps{args.pc_steps}-seed{seed}-chunk{k}-of{size}.pt"
         if not path.exists():
             t0, noise = time.time(), c.randn((size, *shape), c.rng(seed, k), args.device)
-            torch.save(dict(images=c.to_bytes(run(net, noise, c.rng(seed, k, 1)).cpu())), path.with_suffix(".tmp"))  # whichever process
+            torch.save(dict(images=c.to_bytes(run(net, noise, c.rng(seed, k, 1)).cpu())), path.with_suffix(".tmp"))  # save_checkpoint writes in the first process only
             os.replace(path.with_suffix(".tmp"), path)
-            print(f"{name}, seed {seed}: {k * chunk + size}/{args.n}, {time.time() - t0:.0f} s", flush=True)
+            print(f"{name}, seed {seed}: chunk {k + 1} of {-(-args.n // chunk)}, {time.time() - t0:.0f} s", flush=True)  # the first process's
         return c.load_checkpoint(path, "python tests/benchmark.py --samplers", ("images",))["images"]
 
     return torch.cat(c.spread(part, range(-(-args.n // chunk))))
@@ -294,15 +294,16 @@ def benchmark_training(args, arch, images):
 def main(argv=None):
     args = arguments(argv)
     train, test = (c.load_dataset(args.dataset, args.data_dir, part) for part in (True, False))
-    path, make = c.find_base(args.out, args.dataset)
-    net = c.load_net(path, make, args.device).requires_grad_(False)
+    load = lambda: c.load_net(*c.find_base(args.out, args.dataset), args.device).requires_grad_(False)
     if args.samplers:
-        net = net.to(memory_format=torch.channels_last)
+        net = load()
+        if args.device == "cpu" or args.compile:  # on CUDA channels-last pays only when compiled
+            net = net.to(memory_format=torch.channels_last)
         if args.compile:
             net.compile()
         measure_samplers(args, net, c.load_judge(args, train), train, test)
     if args.json:
-        net = c.load_net(path, make, args.device).requires_grad_(False)  # as 02 to 05 use it
+        net = load()  # contiguous, as 02 and 03 train and sample
         result = benchmark_sampler(args, net, train.images.shape[1:])  # first: it may have no table to read
         result |= benchmark_likelihood(args, net, test.images)
         result |= benchmark_training(args, net.arch, train.images)

@@ -7,19 +7,22 @@
     python tests/make_tables.py --draw             # only the tables and the figure, from assets/tables.json
 
 Each run is one command of 02 or 03; assets/tables.json keeps it beside its result.json, so that any single number can be had
-again by hand.  Nothing here is measured in another way than 03 does; only the Standard model's samples, which are the same for
-every run with one seed, are drawn once and kept in out/tables/.
+again by hand.  Only the Standard model's samples, which are the same for every run with one seed, are drawn once and kept in
+out/tables/; and likelihoods, losses by noise level and the row of scratch/standard are measured here, on the models made so.
 
 How the weights are chosen (group vp), alike for every method: three learning rates at the middle weight, then the paper's noise
 for D_f against ours, then the other retain loss, then the two other weights, all with seed 0; then two more seeds at the weight
-whose UR is nearest to 1 %.  Group ve takes rate, noise and retain loss from there and looks for the weight again; group long goes
-from the weight chosen there to weaker or stronger ones until two runs lie around UR 1 %.
+whose UR is nearest to 1 %.  Group ve takes rate, noise and retain loss from there and looks for the weight again, on forget 3;
+7 and 3 7 use that weight.  Group long goes from the weight chosen in vp to weaker or stronger ones until two runs lie around UR 1 %.
 """
 import argparse
 import json
 import math
+import os
 import runpy
+import shutil
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 
@@ -43,7 +46,7 @@ WEIGHTS = {
     "unseen": (None, (None,)),
 }
 RATES = (1e-4, 3e-4, 1e-3)
-# Weaker than any of those: five times the steps push five times as long.
+# Weaker than any of those, the weakest first: five times the steps push five times as long, and VE's times push harder.
 WEAKER = {"obt-rel": (1.2, 1.4, 1.7), "ascent": (0.997, 0.99, 0.98), "erasediff": (1e-5, 1e-4), "siss": (0.003, 0.01)}
 
 
@@ -89,7 +92,7 @@ def run(name, *argv, quick=False, dry=False):
     argv = ["--dataset", "mnist", *(str(a) for a in argv), *tiny]
     command = " ".join(["python 03_unlearn.py", *argv])
     print(f"\n=== {name}: {command}", flush=True)
-    folder = OUT / name.replace("/", "-")
+    shutil.rmtree(folder := OUT / name.replace("/", "-"), ignore_errors=True)  # what a killed run has left
     runpy.run_path(str(ROOT / "03_unlearn.py"))["main"]([*argv, "--out", str(folder)])
     (path,) = folder.glob("mnist/*/*/result.json")
     result = json.loads(path.read_text())
@@ -165,28 +168,38 @@ def chosen(method):
 
 
 def best_rival():
-    """The published rival with the lowest FD at UR 1 % in group vp, of those that come there; else by cost at the chosen weight."""
+    """The published rival with the lowest FD at UR 1 % in group vp, of those that come there; else by cost at the chosen weight.
+    None while a rival is missing."""
     table, rank = load(), {}
     for method in ("erasediff", "siss"):
-        if picked := choose(method, dry="look"):
-            fd = at_one(table, method, picked)
-            rank[method] = (0, statistics.mean(fd)) if fd else (1, cost(table[f"vp/{method}/{picked['best']}/{picked['tail']}"]))
-    return min(rank, key=rank.get, default="siss")
+        if not (picked := chosen(method)):
+            return None
+        fd = at_one(table, method, picked)
+        rank[method] = (0, statistics.mean(fd)) if fd else (1, cost(table[f"vp/{method}/{picked['best']}/{picked['tail']}"]))
+    return min(rank, key=rank.get)
+
+
+def long_weights(method):
+    """All weights that group long may try, the weakest first."""
+    return (*WEAKER.get(method, ()), *WEIGHTS[method][1])
 
 
 def group_long(methods=(), **how):
     """Does quality hold at five times the steps?  Obt-rel, ascent and the best published rival."""
     for method in methods or ("obt-rel", "ascent", best_rival()):
-        if not (picked := chosen(method)):
+        if method is None or not (picked := chosen(method)):
             continue
-        values, found = (*WEAKER.get(method, ()), *WEIGHTS[method][1]), {}
+        values, found = long_weights(method), {}
         attempt = lambda v, name, *more: run(f"long/{method}/{v}{name}", *setting(method, steps=1000), *weigh(method, v), *picked["flags"], *more, **how)
         k = values.index(picked["best"])
-        while 0 <= k < len(values) and values[k] not in found and (r := attempt(values[k], "")):
+        while 0 <= k < len(values) and values[k] not in found:  # back where it has been: then UR 1 % lies between the two
+            if not (r := attempt(values[k], "")):
+                break
             found[values[k]] = r
-            k += 1 if r["ur_after"] > 1 else -1  # back and forth ends where it has been: then UR 1 % lies between the two
-        for seed in (1, 2) if found else ():
-            attempt(nearest(found), f"/s{seed}", "--seed", seed)
+            k += 1 if r["ur_after"] > 1 else -1
+        else:
+            for seed in (1, 2):
+                attempt(nearest(found), f"/s{seed}", "--seed", seed)
 
 
 def group_ve(methods=tuple(WEIGHTS), **how):
@@ -194,11 +207,12 @@ def group_ve(methods=tuple(WEIGHTS), **how):
     for method in methods:
         if not (picked := chosen(method)):
             continue
-        attempt = lambda v, forget, name: run(f"ve/{'-'.join(map(str, forget))}/{method}{name}", *setting(method, forget), *weigh(method, v),
-                                              *picked["flags"], "--sde", "ve", **how)
-        found = {v: attempt(v, (3,), f"/{v}") for v in WEIGHTS[method][1]}
-        for forget in ((7,), (3, 7)) if all(found.values()) else ():
-            attempt(best := nearest(found), forget, f"/{best}")
+        attempt = lambda v, *forget: run(f"ve/{'-'.join(map(str, forget))}/{method}/{v}", *setting(method, forget), *weigh(method, v),
+                                         *picked["flags"], "--sde", "ve", **how)
+        found = {v: attempt(v, 3) for v in (*WEAKER.get(method, ())[-1:], *WEIGHTS[method][1])}
+        if all(found.values()):
+            best = nearest(found)
+            attempt(best, 7), attempt(best, 3, 7)
 
 
 def group_ddpm(methods=("obt-rel", "obt", "ort", "unseen", "erasediff"), **how):
@@ -209,18 +223,22 @@ def group_ddpm(methods=("obt-rel", "obt", "ort", "unseen", "erasediff"), **how):
 
 
 def run_standard(name, steps=3000, quick=False, dry=False):
-    """A Standard model of 02 with so few steps, measured as 03 measures one -> its entry."""
-    if dry or name in load():
+    """A Standard model of 02 with so few steps, with the rate and the average of 03 --from-scratch, measured as 03 measures one."""
+    if name in load() or dry:
         return print(f"{'done   ' if name in load() else 'missing'} {name}")
-    argv = ["--dataset", "mnist", "--steps", "3" if quick else str(steps), "--lr", "8e-3", "--ema", "0.999"]  # as 03 --from-scratch trains
-    folder, data, a = OUT / name.replace("/", "-"), c.load_dataset("mnist"), argparse.Namespace(dataset="mnist", data_dir=None, quick=quick, out=OUT, device="cpu")
-    runpy.run_path(str(ROOT / "02_train_sde.py"))["main"]([*argv, "--sample-every", str(steps), "--out", str(folder), *(["--quick"] if quick else [])])
-    n, nfe, judge, is_g = 20 if quick else 2000, c.VP.nfe, c.load_judge(a, data), data.labels != 3
-    draw = lambda net, label: c.judge_images(judge, c.sample_images(net, n, data.images.shape[1:], c.VP(), 0, nfe, label=label))
-    before, after = draw(c.load_net(*c.find_base(OUT, "mnist")), "samples before"), draw(c.load_net(folder / "mnist/base.pt", "02"), "samples")
-    real = c.judge_images(judge, data.images[is_g][: 1000 if quick else None]).features
+    path, steps = (folder := OUT / name.replace("/", "-")) / "mnist/base.pt", 3 if quick else steps
+    argv = f"02_train_sde.py --dataset mnist --steps {steps} --lr 8e-3 --ema 0.999 --out {os.path.relpath(folder, ROOT)}" + " --quick" * quick
+    # A process of its own: after Ctrl-C 02 saves and ends well, and its handler would stay installed here.
+    subprocess.run([sys.executable, *argv.split(), *(["--resume"] if path.exists() else [])], cwd=ROOT, check=True)
+    if c.load_checkpoint(path, argv, ("step",))["step"] < steps:
+        c.die("stopped; go on with the same command")
+    data, n, nfe = c.load_dataset("mnist"), 20 if quick else 2000, 2 if quick else c.VP.nfe
+    judge = c.load_judge(argparse.Namespace(dataset="mnist", data_dir=None, quick=quick, out=OUT, device="cpu"), data)
+    draw = lambda net, label: c.judge_images(judge, c.sample_images(net, n, data.images.shape[1:], c.VP(), 0, nfe, batch=20 if quick else 250, label=label))
+    before, after = draw(c.load_net(*c.find_base(OUT, "mnist")), "samples before"), draw(c.load_net(path, argv), "samples")
+    real = c.judge_images(judge, data.images[data.labels != 3][: 1000 if quick else None]).features
     b, m = c.measure(before, [3], real, 10), c.measure(after, [3], real, 10, before)
-    return keep(name, " ".join(["python 02_train_sde.py", *argv]), dict(
+    keep(name, f"python {argv}", dict(
         n=n, ur_before=b["ur"], fd_before=b["fd"], ur_after=m["ur"], ur_interval=m["ur_interval"], fd_after=m["fd"],
         class_min_ratio=m["class_min_ratio"], low_confidence_after=m["low_confidence"]))
 
@@ -240,7 +258,7 @@ def networks(prefix):
     """The Standard model and every finished model of a group whose weights still lie in out/tables -> {name: network}."""
     nets = {"standard": c.load_net(*c.find_base(OUT, "mnist"))}
     for name in load():
-        found = list((OUT / name.replace("/", "-")).glob("mnist/*/*/model.pt"))
+        found = list((OUT / name.replace("/", "-")).glob("mnist/*/[!.]*/model.pt"))  # [!.]: a run that was killed has a dot
         if name.startswith(prefix) and found:
             nets[name.removeprefix(prefix)] = c.load_net(found[0], f"python tests/make_tables.py --only {name.split('/')[0]}")
     return nets
@@ -258,7 +276,7 @@ def group_nll(quick=False, dry=False):
     """Bits/dim of test images of D_g and D_f under the VE models that forget 3, mean and standard error."""
     for method, net in networks("ve/3/").items():
         if method != "standard" and f"ve/7/{method}" not in load():
-            continue  # not the chosen weight
+            continue  # not the chosen weight, or ve is not done
         name = f"nll/{method}"
         if name in load() or dry:
             print(f"{'done   ' if name in load() else 'missing'} {name}")
@@ -277,12 +295,19 @@ def group_noise(quick=False, dry=False):
     loss_by_noise = runpy.run_path(str(ROOT / "02_train_sde.py"))["loss_by_noise"]
     chosen_runs = [f"{m}/{p['best']}/{p['tail']}" for m in WEIGHTS if (p := choose(m, dry="look"))]
     for method, net in networks("vp/").items():
-        if method in ("standard", *chosen_runs) and not dry:
-            g, f = (loss_by_noise(net, x) for x in test_images(4 if quick else 500))
-            keep(f"noise/{method}", "python tests/make_tables.py --only noise", dict(g=g, f=f))
+        name = f"noise/{method}"
+        if method not in ("standard", *chosen_runs):
+            continue
+        if name in load() or dry:
+            print(f"{'done   ' if name in load() else 'missing'} {name}")
+            continue
+        g, f = (loss_by_noise(net, x) for x in test_images(4 if quick else 500))
+        keep(name, "python tests/make_tables.py --only noise", dict(g=g, f=f))
 
 
 GROUPS = dict(vp=group_vp, long=group_long, ve=group_ve, ddpm=group_ddpm, scratch=group_scratch, nll=group_nll, noise=group_noise)
+# The methods that can be named after a slash.
+ROWS = {group: tuple(WEIGHTS) for group in GROUPS} | dict(scratch=("standard", *(m for m in WEIGHTS if m != "obt-rel")), nll=(), noise=())
 
 # ---- tables and figure -------------------------------------------------------------------------------
 
@@ -294,7 +319,7 @@ def run_lines(rows):
         low, high = r["ur_interval"]
         yield (
             f"| {name} | {r['ur_before']:.2f} > {r['ur_after']:.2f} ({low:.1f}-{high:.1f}) | {r['fd_before']:.2f} > {r['fd_after']:.2f} | x{r['fd_after'] / r['fd_before']:.2f} "
-            f"| {r['class_min_ratio']:.2f} | {r['low_confidence_after']:.1f} | {r.get('seconds', math.nan):.0f} |"
+            f"| {r['class_min_ratio']:.2f} | {r['low_confidence_after']:.1f} | {round(r['seconds']) if 'seconds' in r else ''} |"
         )
 
 
@@ -323,14 +348,16 @@ def tables(table):
 
 
 def fd_at_one_percent(points, seeds=()):
-    """(UR, FD ratio) of one seed's weights -> [FD ratio where UR is 1 %], linear in ln UR between the two runs around it; [] where all
-    lie on one side.  `seeds` are runs of other seeds at one weight: each moves to UR = 1 % along that line, and adds a number."""
-    log = lambda runs: [(math.log(max(ur, 0.05)), fd) for ur, fd in runs]
-    points = sorted(log(points))
+    """(UR, FD ratio) of one seed, a point a weight in their order -> [FD ratio where UR is 1 %], on the straight line, both axes
+    logarithmic, between the first two neighbours that lie around it; [] where there are none.  `seeds` are runs of other seeds at one
+    weight: each moves along that line to UR = 1 %, by no more than its length, and adds a number."""
+    log = lambda runs: [(math.log(max(ur, 0.05)), math.log(fd)) for ur, fd in runs]
+    points = log(points)
     for (u0, f0), (u1, f1) in zip(points[:-1], points[1:]):
-        if u0 <= 0 <= u1 and u0 < u1:
+        low, high = sorted((u0, u1))
+        if low <= 0 <= high and low < high:
             slope = (f1 - f0) / (u1 - u0)
-            return [f0 - slope * u0, *(f - slope * u for u, f in log(seeds))]
+            return [math.exp(f0 - slope * u0), *(math.exp(f - slope * min(max(u, low), high)) for u, f in log(seeds))]
     return []
 
 
@@ -347,8 +374,8 @@ def at_one(table, method, picked):
 
 def long_at_one(table, method):
     """The same in group long."""
-    runs = {n.split("/", 2)[2]: point(r) for n, r in table.items() if n.startswith(f"long/{method}/")}
-    return fd_at_one_percent([p for n, p in runs.items() if "/s" not in n], [p for n, p in runs.items() if "/s" in n])
+    names = [n for v in long_weights(method) if (n := f"long/{method}/{v}") in table]
+    return fd_at_one_percent([point(table[n]) for n in names], [point(r) for n, r in table.items() if n.startswith(f"long/{method}/") and "/s" in n[5:]])
 
 
 def summary_lines(table):
@@ -385,19 +412,21 @@ def figure(table, path):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--only", metavar="GROUP[/METHOD]", default="", help=f"one of: {', '.join(GROUPS)}; of a group of runs also one method: {', '.join(WEIGHTS)}")
+    p.add_argument("--only", metavar="GROUP[/METHOD]", default="", help=f"one of: {', '.join(GROUPS)}; of a group of runs also one method, e.g. vp/ort")
     p.add_argument("--list", action="store_true", help="show what is done and what is missing")
     p.add_argument("--draw", action="store_true", help="tables and figure of what is done")
     p.add_argument("--quick", action="store_true", help="the same path with tiny runs, into a table of its own")
     args = p.parse_args(argv)
-    if args.quick:
-        global TABLE
-        TABLE = OUT / "quick.json"
+    if args.quick:  # its models must not lie where nll and noise look for real ones
+        global OUT, TABLE
+        OUT, TABLE = OUT / "quick", OUT / "quick/tables.json"
     OUT.mkdir(parents=True, exist_ok=True)
     remember_base_samples()
     group, _, method = args.only.partition("/")
-    if group not in ("", *GROUPS) or method not in ("", *WEIGHTS) or method and group in ("", "nll", "noise"):
-        c.die(f"--only {args.only}: choose a group from: {', '.join(GROUPS)}; after a slash a method from: {', '.join(WEIGHTS)}")
+    if group not in ("", *GROUPS):
+        c.die(f"--only {args.only}: choose a group from: {', '.join(GROUPS)}")
+    if method and method not in ROWS.get(group, ()):
+        c.die(f"--only {args.only}: {group or 'no group'} has " + (f"the rows {', '.join(ROWS[group])}" if ROWS.get(group) else "no rows of its own"))
     for name in [group] if group else GROUPS:
         if not args.draw:
             GROUPS[name](**(dict(methods=(method,)) if method else {}), quick=args.quick, dry="list" if args.list else None)

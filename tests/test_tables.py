@@ -49,10 +49,11 @@ def test_a_finished_run_is_kept_and_not_repeated(maker, tmp_path, capsys):
 
 
 def test_fd_at_one_percent():
-    """Linear in ln UR: halfway between 0.5 and 2 %; another seed moves along the same line; none without two runs around 1 %."""
+    """Halfway between 0.5 and 2 % on logarithmic axes; another seed moves along that line, not past its ends; none without two
+    neighbours around 1 %, and a broken run that comes back above 1 % is no neighbour of the first."""
     at = runpy.run_path(str(ROOT / "tests/make_tables.py"))["fd_at_one_percent"]
-    assert at([(2.0, 1.0), (0.5, 2.0)]) == pytest.approx([1.5])
-    assert at([(2.0, 1.0), (0.5, 2.0), (0.25, 9.0)], [(2.0, 1.2), (1.0, 1.3), (0.5, 2.6)]) == pytest.approx([1.5, 1.7, 1.3, 2.1])
+    assert at([(2.0, 1.0), (0.5, 4.0)]) == pytest.approx([2.0])
+    assert at([(2.0, 1.0), (0.5, 4.0), (5.0, 9.0)], [(2.0, 1.5), (1.0, 3.0), (0.1, 8.0)]) == pytest.approx([2.0, 3.0, 3.0, 4.0])
     assert at([(4.0, 1.0), (2.0, 2.0)], [(4.0, 1.0)]) == []
 
 

@@ -51,7 +51,7 @@ def arguments(argv):
         c.die("--fid needs one package more: pip install torch-fidelity (or drop --fid: FD needs nothing)")
     if args.inception_weights and not Path(args.inception_weights).is_file():
         c.die(f"--inception-weights {args.inception_weights} not found; drop the flag and torch-fidelity downloads the file")
-    full = dict(n=2000, nfe=c.SDES[args.sde].nfe, n_nll=128, rk4=30, levels=64, steps=50, batch_size=64, lr=3e-4)
+    full = dict(n=2000, nfe=c.SDES[args.sde].nfe, n_nll=128, rk4=17, levels=64, steps=50, batch_size=64, lr=3e-4)
     return c.finish_args(args, full, quick=dict(n=60, nfe=6, n_nll=4, rk4=3, levels=8, steps=3, batch_size=8))
 
 
@@ -166,7 +166,7 @@ def likelihoods(desk, model, x, cost):
 
     def compute(label):
         probe = c.rademacher_probes(x, 1, c.rng(a.seed, 1))[0]  # one an image: the same for all models and both step counts
-        solve = lambda i, steps: -c.ode_log_likelihood(model.net, desk.sde, x[i], [probe[i]], steps).cpu()
+        solve = lambda i, steps: -c.ode_log_likelihood(model.net, desk.sde, x[i], [probe[i]], steps, focus=-3.0).cpu()
         def part(k):
             i = torch.arange(len(x))[64 * k : 64 * (k + 1)]
             print(f"\r{label}: {i[-1] + 1}/{len(x)}", end="", flush=True)

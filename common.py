@@ -804,16 +804,17 @@ def _velocity_and_trace(net, y, phi, probes):
             trace = trace + (torch.autograd.grad(out, y, v, retain_graph=v is not probes[-1])[0] * v).flatten(1).sum(1)
     return -out.detach(), trace
 
-def ode_log_likelihood(net, sde, x, probes=None, steps=30, sigma_min=0.001):
+def ode_log_likelihood(net, sde, x, probes=None, steps=30, sigma_min=0.001, focus=-1.5):
     """ln p(x) in nats (B,) by the probability-flow ODE (Song et al. 2021, eq. 39), on the circle.
 
         ln p(x) = ln N(y_T; 0, I) - INT tr(dF/dy) dphi - D ln sqrt(sigma_0^2 + sd^2) - D ln s(t_0)
 
-    RK4, 4 steps evaluations.  The nodes are logistic in ln sigma: dense around ln sigma = -1.5, where images take shape.
+    RK4, 4 steps evaluations.  The nodes are logistic in ln sigma, dense around `focus`: -1.5 is where shapes form; -3 suits dequantised
+    images, whose finest structure is a grey level: there 17 steps have a third of the error that -1.5 has (tests/benchmark.py).
     probes: see above; one Rademacher probe by default, the same along the whole path.  x on the scale of dequantize.
     Error: compare with twice the steps and print the difference."""
     probes = rademacher_probes(x, 1) if probes is None else probes
-    m, w = -1.5, 2.0
+    m, w = focus, 2.0
     ends = torch.tensor([sigma_min, sde.sigma_max()], dtype=torch.float64)
     p0, p1 = torch.sigmoid((ends.log() - m) / w)
     nodes = m + w * torch.logit(torch.linspace(0, 1, steps + 1, dtype=torch.float64) * (p1 - p0) + p0)

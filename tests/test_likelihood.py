@@ -50,9 +50,10 @@ def test_hutchinson_is_unbiased(k, gaussian):
     assert abs(got.mean() - want) < 4 * got.std() / 16 + 1e-3
 
 
-def test_rk4_converges_with_order_four(gaussian):
+@pytest.mark.parametrize("focus", [-1.5, -3.0])
+def test_rk4_converges_with_order_four(gaussian, focus):
     x = gaussian.sample(100, c.rng(0))
-    ll = lambda steps: c.ode_log_likelihood(gaussian, c.VP(), x, c.basis_probes(x), steps)
+    ll = lambda steps: c.ode_log_likelihood(gaussian, c.VP(), x, c.basis_probes(x), steps, focus=focus)
     want = ll(200)  # not the exact density: the prior's own error does not depend on the steps
     errors = [(ll(n) - want).abs().mean() for n in (16, 32)]
     assert math.log2(errors[0] / errors[1]) == pytest.approx(4, abs=0.6)

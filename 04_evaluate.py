@@ -241,7 +241,7 @@ def plot_attack(path, rows, floor):
     for name in dict.fromkeys(row["model"] for row in rows):
         k, ur, ends = map(torch.tensor, zip(*((r["k"], r["ur"], r["ur_interval"]) for r in rows if r["model"] == name)))
         ax.errorbar(k, ur, (ends.T - ur).abs(), marker="o", capsize=2, label=name)
-    ax.axhline(floor, color="0.6", ls=":", label="real D_g"), ax.set_xscale("symlog", linthresh=1), ax.legend(fontsize=7)
+    ax.axhline(floor, color="0.6", ls=":", label="real D_g"), ax.set_xscale("symlog", linthresh=1), ax.set_xlim(left=-0.2), ax.legend(fontsize=7)
     ax.set(xlabel="images of D_f relearned from", ylabel="unlearning ratio, %"), fig.savefig(path, dpi=110, bbox_inches="tight")
 
 

@@ -51,7 +51,7 @@ def arguments(argv):
         c.die("--fid needs one package more: pip install torch-fidelity (or drop --fid: FD needs nothing)")
     if args.inception_weights and not Path(args.inception_weights).is_file():
         c.die(f"--inception-weights {args.inception_weights} not found; drop the flag and torch-fidelity downloads the file")
-    full = dict(n=2000, nfe=c.SDES[args.sde].nfe, n_nll=128, rk4=17, levels=64, steps=50, batch_size=64, lr=3e-4)
+    full = dict(n=2000, nfe=c.SDES[args.sde].nfe, n_nll=128, rk4=16, levels=64, steps=50, batch_size=64, lr=3e-4)
     return c.finish_args(args, full, quick=dict(n=60, nfe=6, n_nll=4, rk4=3, levels=8, steps=3, batch_size=8))
 
 

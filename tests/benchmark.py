@@ -39,7 +39,7 @@ def arguments(argv):
     p.add_argument("--samplers-file", default=str(c.HERE / "assets" / "samplers.json"), metavar="FILE")
     p.add_argument("--n", type=c.number(int, 20), help="--samplers: samples a seed")
     p.add_argument("--images", type=c.number(int, 1), help="--json: test images of the likelihood")
-    p.add_argument("--rk4", type=c.number(int, 1), help="--json: steps of our likelihood, four evaluations each (default: 17)")
+    p.add_argument("--rk4", type=c.number(int, 1), help="--json: steps of our likelihood, four evaluations each (default: 16)")
     p.add_argument("--dataset", default="mnist")
     p.add_argument("--data-dir")
     p.add_argument("--seed", type=c.number(int, 0), default=0)
@@ -52,7 +52,7 @@ def arguments(argv):
     if not (args.json or args.samplers):
         c.die("nothing to do: give --json FILE (speed), --samplers (quality; makes what --json reads), or both")
     args = c.finish_args(
-        args, full=dict(n=1000, images=32, rk4=17, pc_steps=1000, rounds=2, budgets=(10, 15, 20, 30), pc_images=64),
+        args, full=dict(n=1000, images=32, rk4=16, pc_steps=1000, rounds=2, budgets=(10, 15, 20, 30), pc_images=64),
         quick=dict(n=20, images=2, rk4=10, pc_steps=3, rounds=1, budgets=(4, 6), pc_images=4),
     )
     if args.json and c.ranks()[1] > 1:

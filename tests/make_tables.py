@@ -281,7 +281,7 @@ def group_nll(quick=False, dry=False):
         if name in load() or dry:
             print(f"{'done   ' if name in load() else 'missing'} {name}")
             continue
-        n, steps, result = (2, 2, {}) if quick else (128, 17, {})
+        n, steps, result = (2, 2, {}) if quick else (128, 16, {})
         nats = lambda x: c.ode_log_likelihood(net, c.VE(), x, c.rademacher_probes(x, 1, c.rng(1)), steps, focus=-3.0)
         for key, x in zip(("g", "f"), test_images(n)):
             v = c.bits_per_dim(torch.cat([nats(part) for part in x.split(64)]), x[0].numel())

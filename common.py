@@ -810,7 +810,7 @@ def ode_log_likelihood(net, sde, x, probes=None, steps=30, sigma_min=0.001, focu
         ln p(x) = ln N(y_T; 0, I) - INT tr(dF/dy) dphi - D ln sqrt(sigma_0^2 + sd^2) - D ln s(t_0)
 
     RK4, 4 steps evaluations.  The nodes are logistic in ln sigma, dense around `focus`: -1.5 is where shapes form; -3 suits dequantised
-    images, whose finest structure is a grey level: there 16 steps err by .0024 bits/dim, and at -1.5 17 by .006 (tests/benchmark.py).
+    images, whose finest structure is a grey level: there 16 steps err by .0024 bits/dim (tests/benchmark.py), at -1.5 by more than twice that.
     probes: see above; one Rademacher probe by default, the same along the whole path.  x on the scale of dequantize.
     Error: compare with twice the steps and print the difference."""
     probes = rademacher_probes(x, 1) if probes is None else probes

@@ -52,7 +52,7 @@ def arguments(argv):
     if not (args.json or args.samplers):
         c.die("nothing to do: give --json FILE (speed), --samplers (quality; makes what --json reads), or both")
     args = c.finish_args(
-        args, full=dict(n=1000, images=32, rk4=16, pc_steps=1000, rounds=2, budgets=(10, 15, 20, 30), pc_images=64),
+        args, full=dict(n=1000, images=32, rk4=16, pc_steps=1000, rounds=4, budgets=(10, 15, 20, 30), pc_images=64),
         quick=dict(n=20, images=2, rk4=10, pc_steps=3, rounds=1, budgets=(4, 6), pc_images=4),
     )
     if args.json and c.ranks()[1] > 1:

@@ -190,9 +190,9 @@ def test_an_interrupted_run_keeps_what_is_finished_and_the_old_table(script, cop
     before = {name: (folder / name).read_bytes() for name in FILES}
     real, calls = c.ode_log_likelihood, []
 
-    def stop(*args):
+    def stop(*args, **more):
         calls.append(1)
-        return real(*args) if len(calls) < 3 else c.die("interrupted")
+        return real(*args, **more) if len(calls) < 3 else c.die("interrupted")
 
     monkeypatch.setattr(c, "ode_log_likelihood", stop)
     assert script("04", *FORGET, "--seed", 5, "--out", copy)[0] == 2

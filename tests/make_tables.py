@@ -12,8 +12,10 @@ out/tables/; and likelihoods, losses by noise level and the row of scratch/stand
 
 How the weights are chosen (group vp), alike for every method: three learning rates at the middle weight, then the paper's noise
 for D_f against ours, then the other retain loss, then the two other weights, all with seed 0; then two more seeds at the weight
-whose UR is nearest to 1 %.  Group ve takes rate, noise and retain loss from there and looks for the weight again, on forget 3;
-7 and 3 7 use that weight.  Group long goes from the weight chosen in vp to weaker or stronger ones until two runs lie around UR 1 %.
+whose UR is nearest to 1 %.  Groups long and ve take rate, noise and retain loss from there, and go from that weight to weaker or
+stronger ones until two runs lie around UR 1 %; in ve on forget 3, and 7 and 3 7 use the weight found.
+
+Two commands may run at once, on a core each: OMP_NUM_THREADS=1 taskset -c 0 python tests/make_tables.py --only vp/ort, and so on.
 """
 import argparse
 import json
@@ -41,13 +43,13 @@ WEIGHTS = {
     "obt": ("--alpha", (0.95, 0.9, 0.8)),
     "ort": ("--alpha", (0.98, 0.95, 0.9)),
     "ascent": ("--alpha", (0.97, 0.95, 0.9)),
-    "erasediff": ("--eta", (0.001, 0.03, 0.3)),
-    "siss": ("--c", (0.03, 0.1, 0.3)),
+    "erasediff": ("--eta", (0.001, 0.003, 0.01)),  # from 0.03 on it loses most digits
+    "siss": ("--c", (0.01, 0.03, 0.1)),  # the same at 0.1
     "unseen": (None, (None,)),
 }
 RATES = (1e-4, 3e-4, 1e-3)
 # Weaker than any of those, the weakest first: five times the steps push five times as long, and VE's times push harder.
-WEAKER = {"obt-rel": (1.2, 1.4, 1.7), "ascent": (0.997, 0.99, 0.98), "erasediff": (1e-5, 1e-4), "siss": (0.003, 0.01)}
+WEAKER = {"obt-rel": (1.2, 1.4, 1.7), "ascent": (0.997, 0.99, 0.98), "erasediff": (1e-5, 1e-4), "siss": (0.001, 0.003)}
 
 
 # ---- running and keeping -----------------------------------------------------------------------------
@@ -65,9 +67,12 @@ def keep(name, command, result):
     return entry
 
 
-def remember_base_samples():
-    """Wrap common.sample_images: the Standard model's samples are drawn once per SDE and seed, then read from out/tables/."""
-    draw = c.sample_images
+def save_time():
+    """What all runs share is made once, and networks lie in memory as the CPU likes it.
+
+    common.sample_images: the Standard model's samples are drawn once per SDE and seed, then read from out/tables/.
+    common.load_net: channels last, as in 04; other sums, so figures are those of the commands up to rounding."""
+    draw, load_net = c.sample_images, c.load_net
 
     def sample_images(net, n, shape, sde, seed, nfe=20, **more):
         if "before" not in more.get("label", ""):
@@ -77,7 +82,7 @@ def remember_base_samples():
             c.save_checkpoint(path, images=draw(net, n, shape, sde, seed, nfe, **more))
         return torch.load(path, weights_only=True)["images"]
 
-    c.sample_images = sample_images
+    c.sample_images, c.load_net = sample_images, lambda *given: load_net(*given).to(memory_format=torch.channels_last)
 
 
 def run(name, *argv, quick=False, dry=False):
@@ -179,9 +184,21 @@ def best_rival():
     return min(rank, key=rank.get)
 
 
-def long_weights(method):
-    """All weights that group long may try, the weakest first."""
+def all_weights(method):
+    """All weights that groups long and ve may try, the weakest first."""
     return (*WEAKER.get(method, ()), *WEIGHTS[method][1])
+
+
+def walk(method, start, attempt):
+    """From one weight to weaker or stronger ones until UR 1 % lies between two -> {weight: attempt(weight)}; None while runs are missing."""
+    values, found = all_weights(method), {}
+    k = values.index(start)
+    while 0 <= k < len(values) and values[k] not in found:  # back where it has been: then it lies between the two
+        if not (r := attempt(values[k])):
+            return None
+        found[values[k]] = r
+        k += 1 if r["ur_after"] > 1 else -1
+    return found
 
 
 def group_long(methods=(), **how):
@@ -189,15 +206,8 @@ def group_long(methods=(), **how):
     for method in methods or ("obt-rel", "ascent", best_rival()):
         if method is None or not (picked := chosen(method)):
             continue
-        values, found = long_weights(method), {}
-        attempt = lambda v, name, *more: run(f"long/{method}/{v}{name}", *setting(method, steps=1000), *weigh(method, v), *picked["flags"], *more, **how)
-        k = values.index(picked["best"])
-        while 0 <= k < len(values) and values[k] not in found:  # back where it has been: then UR 1 % lies between the two
-            if not (r := attempt(values[k], "")):
-                break
-            found[values[k]] = r
-            k += 1 if r["ur_after"] > 1 else -1
-        else:
+        attempt = lambda v, name="", *more: run(f"long/{method}/{v}{name}", *setting(method, steps=1000), *weigh(method, v), *picked["flags"], *more, **how)
+        if found := walk(method, picked["best"], attempt):
             for seed in (1, 2):
                 attempt(nearest(found), f"/s{seed}", "--seed", seed)
 
@@ -209,8 +219,7 @@ def group_ve(methods=tuple(WEIGHTS), **how):
             continue
         attempt = lambda v, *forget: run(f"ve/{'-'.join(map(str, forget))}/{method}/{v}", *setting(method, forget), *weigh(method, v),
                                          *picked["flags"], "--sde", "ve", **how)
-        found = {v: attempt(v, 3) for v in (*WEAKER.get(method, ())[-1:], *WEIGHTS[method][1])}
-        if all(found.values()):
+        if found := walk(method, picked["best"], lambda v: attempt(v, 3)):
             best = nearest(found)
             attempt(best, 7), attempt(best, 3, 7)
 
@@ -374,7 +383,7 @@ def at_one(table, method, picked):
 
 def long_at_one(table, method):
     """The same in group long."""
-    names = [n for v in long_weights(method) if (n := f"long/{method}/{v}") in table]
+    names = [n for v in all_weights(method) if (n := f"long/{method}/{v}") in table]
     return fd_at_one_percent([point(table[n]) for n in names], [point(r) for n, r in table.items() if n.startswith(f"long/{method}/") and "/s" in n[5:]])
 
 
@@ -421,7 +430,7 @@ def main(argv=None):
         global OUT, TABLE
         OUT, TABLE = OUT / "quick", OUT / "quick/tables.json"
     OUT.mkdir(parents=True, exist_ok=True)
-    remember_base_samples()
+    save_time()
     group, _, method = args.only.partition("/")
     if group not in ("", *GROUPS):
         c.die(f"--only {args.only}: choose a group from: {', '.join(GROUPS)}")

@@ -9,10 +9,11 @@ from conftest import ROOT
 
 @pytest.fixture
 def maker(tmp_path, monkeypatch):
-    """The module's names, its table and folders in tmp_path, common.sample_images put back afterwards."""
+    """The module's names, its table and folders in tmp_path, what it changes in common put back afterwards."""
     import common as c
 
     monkeypatch.setattr(c, "sample_images", c.sample_images)
+    monkeypatch.setattr(c, "load_net", c.load_net)
     names = runpy.run_path(str(ROOT / "tests/make_tables.py"))
     space = names["run"].__globals__
     space.update(OUT=tmp_path / "runs", TABLE=tmp_path / "tables.json")
@@ -38,7 +39,7 @@ def test_choose_takes_the_best_rate_noise_and_weight(maker):
 
 def test_a_finished_run_is_kept_and_not_repeated(maker, tmp_path, capsys):
     argv = ("--forget", 3, "--method", "unseen", "--n", 10, "--nfe", 2)
-    maker["remember_base_samples"]()
+    maker["save_time"]()
     (tmp_path / "runs").mkdir()
     first = maker["run"]("group/one", *argv, quick=True)
     table = json.loads((tmp_path / "tables.json").read_text())

@@ -332,6 +332,19 @@ def run_lines(rows):
         )
 
 
+def ve_lines(rows):
+    """Group ve at the weights found on forget 3, a column for each set of classes -> lines of Markdown."""
+    sets = ("3", "7", "3-7")
+    found = [name.removeprefix("7/") for name in rows if name.startswith("7/") and f"3-7/{name[2:]}" in rows]
+    cell = lambda r: f"{r['ur_after']:.2f} [{r['ur_interval'][0]:.1f}, {r['ur_interval'][1]:.1f}], x{point(r)[1]:.2f}, {r['class_min_ratio']:.2f}"
+    yield "| run | 3: UR % (95 %), FD / Standard's, class_min_ratio | 7 | 3 and 7 | s, together |\n|---|---|---|---|---|"
+    for name in found:
+        runs = [rows[f"{forget}/{name}"] for forget in sets]
+        if name == found[0]:
+            yield "| standard | " + " | ".join(f"{r['ur_before']:.2f}, FD {r['fd_before']:.2f}" for r in runs) + " | |"
+        yield f"| {name} | " + " | ".join(map(cell, runs)) + f" | {sum(r['seconds'] for r in runs):.0f} |"
+
+
 def nll_lines(rows):
     """Likelihoods -> lines of Markdown."""
     yield "| model | D_g | D_f |\n|---|---|---|"
@@ -353,7 +366,7 @@ def tables(table):
         rows = {k[len(group) + 1 :]: r for k, r in table.items() if k.startswith(group + "/")}
         if rows:
             print(f"\n### {group}: {' '.join(fill.__doc__.split())}\n")
-            print(*dict(nll=nll_lines, noise=noise_lines).get(group, run_lines)(rows), sep="\n")
+            print(*dict(ve=ve_lines, nll=nll_lines, noise=noise_lines).get(group, run_lines)(rows), sep="\n")
 
 
 def fd_at_one_percent(points, seeds=()):

@@ -71,3 +71,12 @@ def test_long_runs_stop_at_the_first_pair_around_one_percent(maker, passes, orde
     maker["group_long"](("obt-rel",))
     assert [w for w, seeded in asked if not seeded] == order
     assert len(set(w for w, seeded in asked if seeded)) == 1 and sum(seeded for _, seeded in asked) == 2
+
+
+def test_ve_table_shows_the_weight_found_with_standard_first(maker):
+    """One line a method, the weight that has all three sets of classes; FD is divided by the Standard model's."""
+    r = lambda ur: dict(ur_before=10.5, fd_before=0.5, ur_after=ur, ur_interval=[ur / 2, 2 * ur], fd_after=0.6, class_min_ratio=0.8, seconds=100)
+    rows = {"3/obt/0.9": r(4.0), "3/obt/0.8": r(0.8), "7/obt/0.8": r(1.0), "3-7/obt/0.8": r(1.2)}
+    _, standard, obt = maker["ve_lines"](rows)
+    assert standard.startswith("| standard | 10.50, FD 0.50 |")
+    assert obt == "| obt/0.8 | 0.80 [0.4, 1.6], x1.20, 0.80 | 1.00 [0.5, 2.0], x1.20, 0.80 | 1.20 [0.6, 2.4], x1.20, 0.80 | 300 |"

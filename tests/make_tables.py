@@ -44,13 +44,21 @@ WEIGHTS = {
     "obt": ("--alpha", (0.95, 0.9, 0.8)),
     "ort": ("--alpha", (0.98, 0.95, 0.9)),
     "ascent": ("--alpha", (0.97, 0.95, 0.9)),
-    "erasediff": ("--eta", (0.001, 0.003, 0.01)),  # from 0.03 on it loses most digits
-    "siss": ("--c", (0.001, 0.003, 0.01)),  # the gradient of L_g is 0.01 to 0.05 long here; a c of 0.03 or 0.1 loses most digits
+    "erasediff": ("--eta", (0.001, 0.003, 0.01)),
+    "siss": ("--c", (0.001, 0.003, 0.01)),  # the gradient of L_g is 0.01 to 0.05 long here
     "unseen": (None, (None,)),
 }
 RATES = (1e-4, 3e-4, 1e-3)
-# Weaker than any of those, the weakest first: for where the walk of the docstring leads there.
-WEAKER = {"obt-rel": (1.2, 1.4, 1.7), "ascent": (0.997, 0.99, 0.98), "erasediff": (1e-5, 1e-4), "siss": (1e-4, 3e-4)}
+# All weights that the walk of the docstring may come to, the weakest first.  Ort ends where it breaks down.
+LADDER = {
+    "obt-rel": (1.2, 1.4, 1.7, 2.0, 2.5, 3.0, 3.5, 4.0),
+    "obt": (0.95, 0.9, 0.8, 0.7, 0.5),
+    "ort": (0.98, 0.95, 0.9),
+    "ascent": (0.997, 0.99, 0.98, 0.97, 0.95, 0.9),
+    "erasediff": (1e-5, 1e-4, 0.001, 0.003, 0.01, 0.03, 0.1),
+    "siss": (1e-4, 3e-4, 0.001, 0.003, 0.01, 0.03),
+    "unseen": (None,),
+}
 
 
 # ---- running and keeping -----------------------------------------------------------------------------
@@ -129,14 +137,9 @@ def setting(method, forget=(3,), steps=200):
     return ("--forget", *forget, "--method", method, "--steps", steps, "--batch-size", 64)
 
 
-def all_weights(method):
-    """All weights that may be tried, the weakest first."""
-    return (*WEAKER.get(method, ()), *WEIGHTS[method][1])
-
-
 def walk(method, start, attempt):
     """From one weight to weaker or stronger ones until UR 1 % lies between two -> {weight: attempt(weight)}; None while runs are missing."""
-    values, found = all_weights(method), {}
+    values, found = LADDER[method], {}
     k = values.index(start)
     while 0 <= k < len(values) and values[k] not in found:  # back where it has been: then it lies between the two
         if not (r := attempt(values[k])):
@@ -392,7 +395,7 @@ def point(r):
 
 def weight_names(table, method, picked):
     """The runs of a method in group vp at the chosen flags, the weakest weight first."""
-    return [n for v in all_weights(method) if (n := f"vp/{method}/{v}/{picked['tail']}") in table]
+    return [n for v in LADDER[method] if (n := f"vp/{method}/{v}/{picked['tail']}") in table]
 
 
 def at_one(table, method, picked):
@@ -403,7 +406,7 @@ def at_one(table, method, picked):
 
 def long_at_one(table, method):
     """The same in group long."""
-    names = [n for v in all_weights(method) if (n := f"long/{method}/{v}") in table]
+    names = [n for v in LADDER[method] if (n := f"long/{method}/{v}") in table]
     return fd_at_one_percent([point(table[n]) for n in names], [point(r) for n, r in table.items() if n.startswith(f"long/{method}/") and "/s" in n[5:]])
 
 

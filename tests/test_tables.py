@@ -58,7 +58,7 @@ def test_fd_at_one_percent():
     assert at([(4.0, 1.0), (2.0, 2.0)], [(4.0, 1.0)]) == []
 
 
-@pytest.mark.parametrize("passes, order", [(1.8, [2.5, 2.0, 1.7]), (2.75, [2.5, 3.0]), (0.1, [2.5, 2.0, 1.7, 1.4, 1.2]), (9.0, [2.5, 3.0])])
+@pytest.mark.parametrize("passes, order", [(1.8, [2.5, 2.0, 1.7]), (2.75, [2.5, 3.0]), (0.1, [2.5, 2.0, 1.7, 1.4, 1.2]), (9.0, [2.5, 3.0, 3.5, 4.0])])
 def test_long_runs_stop_at_the_first_pair_around_one_percent(maker, passes, order):
     """A made-up world in which UR falls below 1 % at one weight: from the chosen weight towards it, no further, then seeds there."""
     asked = []

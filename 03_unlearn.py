@@ -39,7 +39,7 @@ RECIPES = {
     "unseen": dict(lr=3e-4),  # L_g alone: what forgetting does by itself
     "ascent": dict(alpha=0.9, lr=3e-4),
     "erasediff": dict(eta=1e-3, lr=3e-4),  # these two weigh gradients, not losses, so alpha has no part in them
-    "siss": dict(c=0.1, lr=3e-4, uniform_t=True),  # D_g and D_f share x_t, hence the noise level: no level may be left out
+    "siss": dict(c=0.003, lr=1e-3, uniform_t=True),  # D_g and D_f share x_t, hence the noise level: no level may be left out
 }
 
 # Flags that only some methods have.

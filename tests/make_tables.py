@@ -412,8 +412,8 @@ def long_at_one(table, method):
 
 def summary_lines(table):
     """The number under the figure: FD at UR = 1 %, 200 and 1000 steps, and what the chosen weight gives, means over its seeds."""
-    said = lambda fd: f"x{statistics.mean(fd):.2f} ({min(fd):.2f} to {max(fd):.2f}, {len(fd)} seeds)" if fd else "UR 1 % not between two runs"
-    yield "| method | chosen | UR % | FD | class_min_ratio | unsure % | FD at UR 1 % | the same, 1000 steps |\n|---|---|---|---|---|---|---|---|"
+    said = lambda fd: f"x{statistics.mean(fd):.2f} ({min(fd):.2f} to {max(fd):.2f})" if fd else "does not come there"
+    yield "| method | chosen | seeds | UR % | FD | class_min_ratio | unsure % | FD at UR 1 % | the same, 1000 steps |\n|---|---|---|---|---|---|---|---|---|"
     for method in WEIGHTS:
         if picked := choose(method, dry="look"):
             name = f"vp/{method}/{picked['best']}/{picked['tail']}"
@@ -421,7 +421,7 @@ def summary_lines(table):
             mean = lambda key: statistics.mean(r[key] for r in runs)
             flags = " ".join(map(str, (*weigh(method, picked["best"]), *picked["flags"])))
             later = said(long_at_one(table, method)) if any(n.startswith(f"long/{method}/") for n in table) else ""
-            yield (f"| {method} | `{flags}` | {mean('ur_after'):.2f} | x{statistics.mean(point(r)[1] for r in runs):.2f} | {mean('class_min_ratio'):.2f} "
+            yield (f"| {method} | `{flags}` | {len(runs)} | {mean('ur_after'):.2f} | x{statistics.mean(point(r)[1] for r in runs):.2f} | {mean('class_min_ratio'):.2f} "
                    f"| {mean('low_confidence_after'):.1f} | {said(at_one(table, method, picked))} | {later} |")
 
 

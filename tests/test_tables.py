@@ -80,3 +80,10 @@ def test_ve_table_shows_the_weight_found_with_standard_first(maker):
     _, standard, obt = maker["ve_lines"](rows)
     assert standard.startswith("| standard | 10.50, FD 0.50 |")
     assert obt == "| obt/0.8 | 0.80 [0.4, 1.6], x1.20, 0.80 | 1.00 [0.5, 2.0], x1.20, 0.80 | 1.20 [0.6, 2.4], x1.20, 0.80 | 300 |"
+
+
+def test_walk_ends_where_the_network_breaks_down(maker):
+    """UR 4 %, then 7 % at the stronger weight: no further, and of the two the cheaper one is taken, since neither comes near 1 %."""
+    world = {0.9: (6.0, 2.0), 0.8: (4.0, 2.2), 0.7: (7.0, 9.0), 0.5: (1.5, 80.0)}
+    found = maker["walk"]("obt", 0.9, lambda v: dict(ur_after=world[v][0], fd_after=world[v][1], fd_before=1.0))
+    assert list(found) == [0.9, 0.8, 0.7] and maker["nearest"](found) == 0.8

@@ -52,10 +52,10 @@ RATES = (1e-4, 3e-4, 1e-3)
 # All weights that the walk of the docstring may come to, the weakest first.
 LADDER = {
     "obt-rel": (1.2, 1.4, 1.7, 2.0, 2.5, 3.0, 3.5, 4.0),
-    "obt": (0.95, 0.9, 0.8, 0.7, 0.5),
+    "obt": (0.95, 0.9, 0.8, 0.7),
     "ort": (0.98, 0.95, 0.9, 0.8),
     "ascent": (0.997, 0.99, 0.98, 0.97, 0.96, 0.95, 0.9),
-    "erasediff": (1e-5, 1e-4, 0.001, 0.003, 0.01, 0.03, 0.1),
+    "erasediff": (1e-5, 1e-4, 0.001, 0.003, 0.01, 0.03),
     "siss": (1e-4, 3e-4, 0.001, 0.003, 0.005, 0.01),
     "unseen": (None,),
 }

@@ -117,16 +117,22 @@ def run(name, *argv, quick=False, dry=False):
 # ---- the groups --------------------------------------------------------------------------------------
 
 
+def point(r):
+    """A run -> (UR in %, FD / Standard's); no sample judged a 3 counts as 0.05 %, one in 2000, for logarithms."""
+    return max(0.05, r["ur_after"]), r["fd_after"] / r["fd_before"]
+
+
 def cost(r):
     """One number to choose by: ln of the FD ratio, plus a share of how far UR is above 1 %, on the same scale."""
-    return math.log(r["fd_after"] / r["fd_before"]) + 0.5 * max(0.0, math.log(max(r["ur_after"], 0.05)))
+    ur, fd = point(r)
+    return math.log(fd) + 0.5 * max(0.0, math.log(ur))
 
 
 def nearest(found):
     """{weight: result} -> the weight whose UR is nearest to 1 %, on a scale of ratios; where none comes down to it, that of least cost."""
     if all(r["ur_after"] > 1 for r in found.values()):
         return min(found, key=lambda v: cost(found[v]))
-    return min(found, key=lambda v: abs(math.log(max(found[v]["ur_after"], 0.05))))
+    return min(found, key=lambda v: abs(math.log(point(found[v])[0])))
 
 
 def weigh(method, value):
@@ -156,8 +162,8 @@ def walk(method, start, attempt):
 
 
 def choose(method, **how):
-    """The search of the docstring -> dict(flags that were chosen, best: the weight nearest to UR 1 %, tail: of the names), or None
-    while runs are missing."""
+    """The search of the docstring -> dict(flags that were chosen, best: the weight, tail: of the names, name: of its run with seed 0),
+    or None while runs are missing."""
     values, base = WEIGHTS[method][1], setting(method)
     middle = values[len(values) // 2]
     tried = {}  # flags -> result, at the middle weight
@@ -180,7 +186,8 @@ def choose(method, **how):
     found = {v: at(v) for v in values}
     if None in found.values() or (more := walk(method, nearest(found), at)) is None:
         return None
-    return dict(flags=flags, best=nearest(found | more), tail=tail)
+    best = nearest(found | more)
+    return dict(flags=flags, best=best, tail=tail, name=f"vp/{method}/{best}/{tail}")
 
 
 def group_vp(methods=tuple(WEIGHTS), **how):
@@ -188,8 +195,7 @@ def group_vp(methods=tuple(WEIGHTS), **how):
     for method in methods:
         picked = choose(method, **how)
         for seed in (1, 2) if picked else ():
-            name = f"vp/{method}/{picked['best']}/{picked['tail']}/s{seed}"
-            run(name, *setting(method), *weigh(method, picked["best"]), *picked["flags"], "--seed", seed, **how)
+            run(f"{picked['name']}/s{seed}", *setting(method), *weigh(method, picked["best"]), *picked["flags"], "--seed", seed, **how)
 
 
 def chosen(method):
@@ -208,7 +214,7 @@ def best_rival():
         if not (picked := chosen(method)):
             return None
         fd = at_one(table, method, picked)
-        rank[method] = (0, statistics.mean(fd)) if fd else (1, cost(table[f"vp/{method}/{picked['best']}/{picked['tail']}"]))
+        rank[method] = (0, statistics.mean(fd)) if fd else (1, cost(table[picked["name"]]))
     return min(rank, key=rank.get)
 
 
@@ -313,7 +319,7 @@ def group_nll(quick=False, dry=False):
 def group_noise(quick=False, dry=False):
     """Where forgetting happens: v-loss of D_g and D_f by noise level, the weights chosen in group vp."""
     loss_by_noise = runpy.run_path(str(ROOT / "02_train_sde.py"))["loss_by_noise"]
-    chosen_runs = [f"{m}/{p['best']}/{p['tail']}" for m in WEIGHTS if (p := choose(m, dry="look"))]
+    chosen_runs = [p["name"].removeprefix("vp/") for m in WEIGHTS if (p := choose(m, dry="look"))]
     for method, net in networks("vp/").items():
         name = f"noise/{method}"
         if method not in ("standard", *chosen_runs):
@@ -384,7 +390,7 @@ def fd_at_one_percent(points, seeds=()):
     """(UR, FD ratio) of one seed, a point a weight in their order -> [FD ratio where UR is 1 %], on the straight line, both axes
     logarithmic, between the first two neighbours that lie around it; [] where there are none.  `seeds` are runs of other seeds at one
     weight: each moves along that line to UR = 1 %, by no more than its length, and adds a number."""
-    log = lambda runs: [(math.log(max(ur, 0.05)), math.log(fd)) for ur, fd in runs]
+    log = lambda runs: [(math.log(ur), math.log(fd)) for ur, fd in runs]
     points = log(points)
     for (u0, f0), (u1, f1) in zip(points[:-1], points[1:]):
         low, high = sorted((u0, u1))
@@ -394,20 +400,20 @@ def fd_at_one_percent(points, seeds=()):
     return []
 
 
-def point(r):
-    """A run -> (UR, FD ratio)."""
-    return r["ur_after"], r["fd_after"] / r["fd_before"]
-
-
 def weight_names(table, method, picked):
     """The runs of a method in group vp at the chosen flags, the weakest weight first."""
     return [n for v in LADDER[method] if (n := f"vp/{method}/{v}/{picked['tail']}") in table]
 
 
+def seed_names(table, picked):
+    """The runs with other seeds at the chosen flags and weight."""
+    return [n for n in table if n.startswith(picked["name"] + "/s")]
+
+
 def at_one(table, method, picked):
     """FD ratios at UR 1 % of a method in group vp, one a seed."""
     names = weight_names(table, method, picked)
-    return fd_at_one_percent([point(table[n]) for n in names], [point(r) for n, r in table.items() if n.startswith(f"vp/{method}/{picked['best']}/{picked['tail']}/s")])
+    return fd_at_one_percent([point(table[n]) for n in names], [point(table[n]) for n in seed_names(table, picked)])
 
 
 def long_at_one(table, method):
@@ -422,8 +428,7 @@ def summary_lines(table):
     yield "| method | chosen | seeds | UR % | FD | class_min_ratio | unsure % | FD at UR 1 % | the same, 1000 steps |\n|---|---|---|---|---|---|---|---|---|"
     for method in WEIGHTS:
         if picked := choose(method, dry="look"):
-            name = f"vp/{method}/{picked['best']}/{picked['tail']}"
-            runs = [r for n, r in table.items() if n == name or n.startswith(name + "/s")]
+            runs = [table[n] for n in (picked["name"], *seed_names(table, picked))]
             mean = lambda key: statistics.mean(r[key] for r in runs)
             flags = " ".join(map(str, (*weigh(method, picked["best"]), *picked["flags"])))
             later = said(long_at_one(table, method)) if any(n.startswith(f"long/{method}/") for n in table) else ""
@@ -433,18 +438,19 @@ def summary_lines(table):
 
 def figure(table, path):
     """UR against FD, a curve per method over its weights, other seeds as crosses; no sample judged a 3 is drawn as 0.05 %."""
-    plt, at = c.pyplot(), lambda r: (max(0.05, point(r)[0]), point(r)[1])
+    plt = c.pyplot()
     fig, ax = plt.subplots(figsize=(7, 4.4))
     for i, method in enumerate(WEIGHTS):
         picked = choose(method, dry="look")
         if picked is None:
             continue
         names = weight_names(table, method, picked)
-        ax.plot(*zip(*(at(table[n]) for n in names)), "o-", color=f"C{i}", label=method, ms=5)
-        for seed in [n for n in table if n.startswith(f"vp/{method}/{picked['best']}/{picked['tail']}/s")]:
-            ax.plot(*at(table[seed]), "x", color=f"C{i}", ms=6)
+        ax.plot(*zip(*(point(table[n]) for n in names)), "o-", color=f"C{i}", label=method, ms=5)
+        for seed in seed_names(table, picked):
+            ax.plot(*point(table[seed]), "x", color=f"C{i}", ms=6)
     ax.axvline(1, color="0.7", lw=1), ax.axhline(1, color="0.7", lw=1)
-    ax.set(xscale="log", yscale="log", xticks=(0.05, 0.2, 0.5, 1, 2, 5, 10), yticks=(1, 2, 5, 10), xlabel="unlearning ratio, % of samples judged a 3 (left: forgotten)", ylabel="FD / Standard's FD (low: kept)")
+    ax.set(xscale="log", yscale="log", xticks=(0.05, 0.2, 0.5, 1, 2, 5, 10), yticks=(1, 2, 5, 10),
+           xlabel="unlearning ratio, % of samples judged a 3 (left: forgotten)", ylabel="FD / Standard's FD (low: kept)")
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter("{x:g}"), axis.set_minor_formatter("")
     ax.legend(fontsize=8), fig.tight_layout(), fig.savefig(path, dpi=90), plt.close(fig)

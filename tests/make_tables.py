@@ -14,7 +14,8 @@ How the weights are chosen (group vp), alike for every method: three learning ra
 for D_f against ours, then the other retain loss, then the two other weights, and from the best of the three to weaker or stronger
 ones until two runs lie around UR 1 % or the network breaks down, all with seed 0; then two more seeds at the weight whose UR is
 nearest to 1 %, or of least cost (see there) where none comes down to it.  Groups long and ve take rate, noise and retain loss from
-there, and start the same walk at that weight; in ve on forget 3, and 7 and 3 7 use the weight found (Obt-rel also the next stronger).
+there, and start the same walk at that weight; in ve on forget 3, and 7 and 3 7 use the weight found (Obt-rel also the next
+stronger, and 500 steps).
 
 Two commands may run at once, on a core each: OMP_NUM_THREADS=1 taskset -c 0 python tests/make_tables.py --only vp/ort, and so on.
 """
@@ -234,13 +235,16 @@ def group_ve(methods=tuple(WEIGHTS), **how):
     for method in methods:
         if not (picked := chosen(method)):
             continue
-        attempt = lambda v, *forget: run(f"ve/{'-'.join(map(str, forget))}/{method}/{v}", *setting(method, forget), *weigh(method, v),
-                                         *picked["flags"], "--sde", "ve", **how)
+        attempt = lambda v, *forget, steps=200: run(
+            f"ve/{'-'.join(map(str, forget))}/{method}/{v}" + (f"/{steps}" if steps != 200 else ""), *setting(method, forget, steps),
+            *weigh(method, v), *picked["flags"], "--sde", "ve", **how)
         if found := walk(method, picked["best"], lambda v: attempt(v, 3)):
-            best = LADDER[method].index(nearest(found))
-            # Of Obt-rel the next stronger weight too: the poster's best rows lie below 1 %.
-            for v in LADDER[method][best : best + (2 if method == "obt-rel" else 1)]:
-                attempt(v, 3), attempt(v, 7), attempt(v, 3, 7)
+            k = LADDER[method].index(nearest(found))
+            # The poster's best rows lie below 1 %, so of Obt-rel the next stronger weight too, and more steps.
+            more = [*((v, 200) for v in LADDER[method][k + 1 : k + 2]), (LADDER[method][k], 500)] if method == "obt-rel" else []
+            for v, steps in [(LADDER[method][k], 200), *more]:
+                for forget in ((3,), (7,), (3, 7)):
+                    attempt(v, *forget, steps=steps)
 
 
 def group_ddpm(methods=("obt-rel", "obt", "ort", "unseen", "erasediff"), **how):

@@ -38,12 +38,12 @@ RECIPES = {
     "ort": dict(alpha=0.95, lr=3e-4),
     "unseen": dict(lr=3e-4),  # L_g alone: what forgetting does by itself
     "ascent": dict(alpha=0.9, lr=3e-4),
-    "erasediff": dict(eta=1e-3, lr=3e-4),  # these two weigh gradients, not losses, so alpha has no part in them
+    "erasediff": dict(eta=1e-3, lr=3e-4),  # this and the next weigh gradients, not losses
     "siss": dict(c=0.003, lr=1e-3, uniform_t=True),  # D_g and D_f share x_t, hence the noise level: no level may be left out
 }
 
 # Flags that only some methods have.
-BELONGS = dict(alpha=("ort", "obt", "obt-rel", "ascent"), kappa=("obt-rel",), eta=("erasediff",), c=("siss",), ort=("ort",))
+BELONGS = dict(alpha=("ort", "obt", "obt-rel", "ascent", "erasediff"), kappa=("obt-rel",), eta=("erasediff",), c=("siss",), ort=("ort",))
 BELONGS["retain"] = [m for m in RECIPES if m != "siss"]
 
 # ---- arguments ---------------------------------------------------------------------------------------
@@ -57,7 +57,7 @@ def arguments(argv):
     p.add_argument("--from-scratch", action="store_true", help="start from random weights, not from the Standard model")          # <-- 03
     p.add_argument("--alpha", type=c.number(float, 0, 1), help="weight of L_g; L_f has 1 - alpha")
     p.add_argument("--kappa", type=c.number(float, 0), help="obt-rel: the same weight, relative to the sizes of D_g and D_f; 1 is Unseen")
-    p.add_argument("--eta", type=c.number(float, 0), help="erasediff: least weight of the forget gradient")
+    p.add_argument("--eta", type=c.number(float, 0), help="erasediff: least weight of the forget gradient; --alpha instead: a constant one, (1 - alpha)/alpha")
     p.add_argument("--c", type=c.number(float, 0), help="siss: length of the forget gradient (the paper's 5 is for losses summed over pixels)")
     p.add_argument("--ort", choices=("elementwise", "inner"), help="the two readings of Ort, see common.ort_loss (default: elementwise)")
     p.add_argument("--log-sigma", type=float, nargs=2, help="noise of D_f: mean and std of ln sigma")
@@ -73,14 +73,18 @@ def arguments(argv):
         c.die("--method obt-rel compares with a Standard model by construction: leave out --from-scratch, or take --method ort | obt")
     if args.from_scratch and args.retain == "distill":
         c.die("--retain distill keeps what a Standard model says: leave out --from-scratch, or take --retain dsm")
-    if (args.grad_accum > 1 or args.compile) and args.method in ("erasediff", "siss"):
+    if (args.grad_accum > 1 or args.compile) and args.method in ("erasediff", "siss") and args.alpha is None:
         c.die(f"--method {args.method} weighs the gradients of a whole batch by hand: leave out --grad-accum and --compile")
     for flag, methods in BELONGS.items():
         if getattr(args, flag) is not None and args.method not in methods:
             c.die(f"--{flag} has no part in --method {args.method}; it belongs to --method {' | '.join(methods)}")
+    if args.alpha is not None and (args.kappa, args.eta) != (None, None):
+        c.die("--alpha takes the place of --kappa and of --eta: give one of them")
     recipe = dict(retain="dsm", log_sigma=(0.0, 0.7), uniform_t=False, alpha=None, kappa=None, eta=None, c=None) | RECIPES[args.method]
     if args.method == "obt-rel":  # weaker where uniform times give L_g fewer images at the noise at which the class is decided
-        recipe |= dict(kappa=None if args.alpha is not None else dict(ve=1.8, subvp=2.4).get(args.sde, recipe["kappa"]))
+        recipe["kappa"] = dict(ve=1.8, subvp=2.4).get(args.sde, recipe["kappa"])
+    if args.alpha is not None:
+        recipe |= dict(kappa=None, eta=None)
     if args.from_scratch:
         recipe |= dict(steps=3000, lr=8e-3, ema=0.999)
     full = dict(n=2000, nfe=c.SDES[args.sde].nfe, ema=0.98) | c.recipe(args.dataset)["unlearn"] | recipe
@@ -136,9 +140,9 @@ def objective(args, net, base, sde, x_g, x_f):                                  
         else:
             both = retain_loss(args, net, base, sde, x_g), forget_loss(args, net, base, sde, x_f)
     loss_g, loss_f = (loss.mean() for loss in both)
-    if args.method in ("erasediff", "siss"):
+    if args.eta is not None or args.c is not None:
         g, f = flat_grad(loss_g, net), flat_grad(loss_f, net)
-        weight = c.erasediff_weight(g, f, args.eta) if args.method == "erasediff" else -args.c / f.norm()
+        weight = -args.c / f.norm() if args.eta is None else c.erasediff_weight(g, f, args.eta)
         return linear_loss(net, g + weight * f), loss_g, loss_f
     alpha = 1.0 if args.alpha is None else args.alpha  # unseen: L_g alone
     return alpha * loss_g + (1 - alpha) * loss_f, loss_g, loss_f  # the paper's objective
@@ -198,9 +202,7 @@ def before_after(path, before, after, judge_before, judge_after, classes, forget
             ax.text(x + 1, y + 1, c.short(classes[label]), color=color, fontsize=7, va="top", fontweight="bold")
             if judge_before.labels[i] != judge_after.labels[i]:
                 ax.add_patch(plt.Rectangle((x, y), w - 1, h - 1, fill=False, edgecolor="orange", linewidth=1.2))
-    fig.tight_layout(pad=0.4)
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
+    fig.tight_layout(pad=0.4), fig.savefig(path, dpi=110), plt.close(fig)
 
 
 def plot_curves(path, rows, title):
@@ -213,8 +215,7 @@ def plot_curves(path, rows, title):
         ax.plot(y, color="0.8"), ax.plot(np.arange(k - 1, len(y)), np.convolve(y, np.ones(k) / k, "valid"))
         ax.set_xlabel("step"), ax.set_title(name, fontsize=10)
     fig.suptitle(title, fontsize=10), fig.tight_layout()
-    fig.savefig(path, dpi=100)
-    plt.close(fig)
+    fig.savefig(path, dpi=100), plt.close(fig)
 
 
 # ---- the story ---------------------------------------------------------------------------------------

@@ -583,7 +583,7 @@ def erasediff_loss(net, sde, x0, t):
 def erasediff_weight(grad_g, grad_f, eta):
     """EraseDiff's lambda = max(eta - <g_g, g_f>/|g_f|^2, 0); the step is g_g + lambda g_f.  Flat gradients (P,) -> number.
     The first-order solution (BOME) of "least L_g among the minima of L_f": where keeping already forgets, lambda is 0; where they
-    conflict, g_f gets at least eta |g_f|^2.  The released code divides by the norms instead (a cosine), or fixes lambda at 0.1."""
+    conflict, g_f gets at least eta |g_f|^2.  The released code divides by the norms instead (a cosine), or fixes lambda at 0.1 (03: --alpha 0.909)."""
     return (eta - grad_g @ grad_f / grad_f.square().sum()).clamp(min=0)
 
 def siss_losses(net, sde, x_g, x_f, t, mix=0.5):

@@ -95,6 +95,14 @@ def save_time():
     c.sample_images, c.load_net = sample_images, lambda *given: load_net(*given).to(memory_format=torch.channels_last)
 
 
+def execute(name, argv):
+    """One command of 03 with its outputs under a name -> the folder that it wrote."""
+    shutil.rmtree(folder := OUT / name.replace("/", "-"), ignore_errors=True)  # what a killed run has left
+    runpy.run_path(str(ROOT / "03_unlearn.py"))["main"]([*argv, "--out", str(folder)])
+    (path,) = folder.glob("mnist/*/*/result.json")
+    return path.parent
+
+
 def run(name, *argv, quick=False, dry=False):
     """One command of 03 under a name -> its result, from the table if it is there; with dry ("list" or "look", which is silent)
     None if it is not."""
@@ -107,10 +115,7 @@ def run(name, *argv, quick=False, dry=False):
     argv = ["--dataset", "mnist", *(str(a) for a in argv), *tiny]
     command = " ".join(["python 03_unlearn.py", *argv])
     print(f"\n=== {name}: {command}", flush=True)
-    shutil.rmtree(folder := OUT / name.replace("/", "-"), ignore_errors=True)  # what a killed run has left
-    runpy.run_path(str(ROOT / "03_unlearn.py"))["main"]([*argv, "--out", str(folder)])
-    (path,) = folder.glob("mnist/*/*/result.json")
-    result = json.loads(path.read_text())
+    result = json.loads((execute(name, argv) / "result.json").read_text())
     result.pop("args")
     return keep(name, command, result)
 
@@ -230,19 +235,26 @@ def group_long(methods=(), **how):
                 attempt(nearest(found), f"/s{seed}", "--seed", seed)
 
 
+def ve_weight(method, **how):
+    """The weight that group ve finds on forget 3 -> (weight, attempt(weight, *forget, steps) that runs one), or None while runs are missing."""
+    if not (picked := chosen(method)):
+        return None
+    attempt = lambda v, *forget, steps=200: run(
+        f"ve/{'-'.join(map(str, forget))}/{method}/{v}" + (f"/{steps}" if steps != 200 else ""), *setting(method, forget, steps),
+        *weigh(method, v), *picked["flags"], "--sde", "ve", **how)
+    found = walk(method, picked["best"], lambda v: attempt(v, 3))
+    return (nearest(found), attempt) if found else None
+
+
 def group_ve(methods=tuple(WEIGHTS), **how):
     """The poster's MNIST rows: VE, forget 3, 7, and 3 and 7."""
     for method in methods:
-        if not (picked := chosen(method)):
-            continue
-        attempt = lambda v, *forget, steps=200: run(
-            f"ve/{'-'.join(map(str, forget))}/{method}/{v}" + (f"/{steps}" if steps != 200 else ""), *setting(method, forget, steps),
-            *weigh(method, v), *picked["flags"], "--sde", "ve", **how)
-        if found := walk(method, picked["best"], lambda v: attempt(v, 3)):
-            k = LADDER[method].index(nearest(found))
+        if found := ve_weight(method, **how):
+            best, attempt = found
+            k = LADDER[method].index(best)
             # The poster's best rows lie below 1 %, so of Obt-rel the next stronger weight too, and more steps.
-            more = [*((v, 200) for v in LADDER[method][k + 1 : k + 2]), (LADDER[method][k], 500)] if method == "obt-rel" else []
-            for v, steps in [(LADDER[method][k], 200), *more]:
+            more = [*((v, 200) for v in LADDER[method][k + 1 : k + 2]), (best, 500)] if method == "obt-rel" else []
+            for v, steps in [(best, 200), *more]:
                 for forget in ((3,), (7,), (3, 7)):
                     attempt(v, *forget, steps=steps)
 
@@ -286,14 +298,24 @@ def group_scratch(methods=("standard", "unseen", "ort", "obt"), **how):
             run(f"scratch/{method}" + (f"/{value}" if value else ""), "--forget", 3, "--method", method, "--from-scratch", *weigh(method, value), **how)
 
 
-def networks(prefix):
-    """The Standard model and every finished model of a group whose weights still lie in out/tables -> {name: network}."""
-    nets = {"standard": c.load_net(*c.find_base(OUT, "mnist"))}
-    for name in load():
-        found = list((OUT / name.replace("/", "-")).glob("mnist/*/[!.]*/model.pt"))  # [!.]: a run that was killed has a dot
-        if name.startswith(prefix) and found:
-            nets[name.removeprefix(prefix)] = c.load_net(found[0], f"python tests/make_tables.py --only {name.split('/')[0]}")
-    return nets
+def network(name):
+    """The model of a finished run.  Where its file is gone its command makes it again, with fewer samples, on which training does not
+    depend: the same weights on the same machine, on another the same up to what rounding does to 200 steps."""
+    if name == "standard":
+        return c.load_net(*c.find_base(OUT, "mnist"))
+    found = list((OUT / name.replace("/", "-")).glob("mnist/*/[!.]*/model.pt"))  # [!.]: a run that was killed has a dot
+    argv = load()[name]["command"].split()[2:]
+    return c.load_net(found[0] if found else execute(name, [*argv, "--n", "10"]) / "model.pt", " ".join(argv))
+
+
+def measure_models(group, runs, figures, dry):
+    """figures(network) of the Standard model and of finished runs {label: name}, kept as group/label."""
+    for label, name in {"standard": "standard", **runs}.items():
+        key = f"{group}/{label}"
+        if key in load() or dry:
+            print(f"{'done   ' if key in load() else 'missing'} {key}")
+        else:
+            print(key, keep(key, f"python tests/make_tables.py --only {group}", figures(network(name))), flush=True)
 
 
 def test_images(n):
@@ -306,35 +328,25 @@ def test_images(n):
 
 def group_nll(quick=False, dry=False):
     """Bits/dim of test images of D_g and D_f under the VE models that forget 3, mean and standard error."""
-    for method, net in networks("ve/3/").items():
-        if method != "standard" and f"ve/7/{method}" not in load():
-            continue  # not the chosen weight, or ve is not done
-        name = f"nll/{method}"
-        if name in load() or dry:
-            print(f"{'done   ' if name in load() else 'missing'} {name}")
-            continue
-        n, steps, result = (2, 2, {}) if quick else (128, 16, {})
+    n, steps = (2, 2) if quick else (128, 16)
+
+    def figures(net):
+        result = {}
         nats = lambda x: c.ode_log_likelihood(net, c.VE(), x, c.rademacher_probes(x, 1, c.rng(1)), steps, focus=-3.0)
-        for key, x in zip(("g", "f"), test_images(n)):
+        for key, x in zip("gf", test_images(n)):
             v = c.bits_per_dim(torch.cat([nats(part) for part in x.split(64)]), x[0].numel())
             result.update({f"bpd_{key}": v.mean().item(), f"error_{key}": (v.std() / math.sqrt(len(v))).item()})
-        keep(name, "python tests/make_tables.py --only nll", result)
-        print(name, result, flush=True)
+        return result
+
+    found = {method: ve_weight(method, dry="look") for method in WEIGHTS}
+    measure_models("nll", {f"{method}/{f[0]}": f"ve/3/{method}/{f[0]}" for method, f in found.items() if f}, figures, dry)
 
 
 def group_noise(quick=False, dry=False):
     """Where forgetting happens: v-loss of D_g and D_f by noise level, the weights chosen in group vp."""
     loss_by_noise = runpy.run_path(str(ROOT / "02_train_sde.py"))["loss_by_noise"]
-    chosen_runs = [p["name"].removeprefix("vp/") for m in WEIGHTS if (p := choose(m, dry="look"))]
-    for method, net in networks("vp/").items():
-        name = f"noise/{method}"
-        if method not in ("standard", *chosen_runs):
-            continue
-        if name in load() or dry:
-            print(f"{'done   ' if name in load() else 'missing'} {name}")
-            continue
-        g, f = (loss_by_noise(net, x) for x in test_images(4 if quick else 500))
-        keep(name, "python tests/make_tables.py --only noise", dict(g=g, f=f))
+    figures = lambda net: dict(zip("gf", (loss_by_noise(net, x) for x in test_images(4 if quick else 500))))
+    measure_models("noise", {f"{m}/{p['best']}": p["name"] for m in WEIGHTS if (p := choose(m, dry="look"))}, figures, dry)
 
 
 GROUPS = dict(vp=group_vp, long=group_long, ve=group_ve, ddpm=group_ddpm, scratch=group_scratch, nll=group_nll, noise=group_noise)

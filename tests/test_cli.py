@@ -140,6 +140,8 @@ BAD = {
     "scratch distill": (("--forget", 3, "--method", "ort", "--from-scratch", "--retain", "distill"), "--retain dsm"),
     "scratch obt-rel": (("--forget", 3, "--from-scratch"), "--method ort | obt"),
     "alpha of siss": (("--forget", 3, "--method", "siss", "--alpha", 0.5), "--alpha has no part"),
+    "alpha and kappa": (("--forget", 3, "--alpha", 0.6, "--kappa", 2), "give one of them"),
+    "alpha and eta": (("--forget", 3, "--method", "erasediff", "--alpha", 0.6, "--eta", 0.1), "give one of them"),
     "eta of ort": (("--forget", 3, "--method", "ort", "--eta", 0.5), "erasediff"),
     "data set": (("--forget", 3, "--dataset", "imagenet"), "mnist"),
     "data dir": (("--forget", 3, "--data-dir", "nowhere"), "git checkout data/mnist.npz"),

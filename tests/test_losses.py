@@ -179,6 +179,25 @@ def test_gradients_made_by_hand_arrive():
     torch.testing.assert_close(got, torch.cat([w.grad.flatten() for w in net.parameters()]))
 
 
+def test_erasediff_with_alpha_has_a_constant_weight():
+    """--alpha in place of --eta: L_g + lambda L_f with lambda = (1 - alpha)/alpha, to scale; with --eta lambda follows the gradients."""
+    unlearn, (x_g, x_f) = load_script("03"), torch.randn(2, 16, 1, 8, 8)
+    net = c.UNet(width=16)
+    net.load_state_dict({k: v + 0.01 * torch.randn_like(v) for k, v in net.state_dict().items()})  # a fresh network answers 0, without gradients
+
+    def step(*flags):
+        args = unlearn["arguments"]([str(a) for a in ("--forget", 3, "--method", "erasediff", *flags)])
+        torch.manual_seed(0)
+        loss, g, f = unlearn["objective"](args, net, None, c.VP(), x_g, x_f)
+        return unlearn["flat_grad"](loss, net), unlearn["flat_grad"](g, net), unlearn["flat_grad"](f, net)
+
+    got, g, f = step("--alpha", 0.8)
+    torch.testing.assert_close(got / 0.8, g + 0.25 * f)
+    for eta in (0.1, 0.5):
+        got, g, f = step("--eta", eta)
+        torch.testing.assert_close(got, g + (eta - g @ f / (f @ f)).clamp(min=0) * f)
+
+
 def test_obt_floor_stops_the_push():
     """z_hat = -5 z has z_hat . z near -5: clipped to -2, with no gradient left; without a floor it is not."""
     torch.manual_seed(0)

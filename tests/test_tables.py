@@ -2,8 +2,10 @@
 import json
 import math
 import runpy
+import shutil
 
 import pytest
+import torch
 from conftest import ROOT
 
 
@@ -47,6 +49,38 @@ def test_a_finished_run_is_kept_and_not_repeated(maker, tmp_path, capsys):
     assert len(list((tmp_path / "runs").glob("before-*.pt"))) == 1
     maker["runpy"] = None  # a second run would need it
     assert maker["run"]("group/one", *argv, quick=True) == first and "done    group/one" in capsys.readouterr().out
+
+
+def test_a_model_whose_file_is_gone_is_made_again(maker, tmp_path):
+    """The same weights from fewer samples, and the table stays as it was."""
+    (tmp_path / "runs").mkdir()
+    maker["run"]("group/one", "--forget", 3, "--method", "unseen", "--n", 12, "--nfe", 2, quick=True)
+    table, net = (tmp_path / "tables.json").read_bytes(), maker["network"]("group/one")
+    shutil.rmtree(tmp_path / "runs/group-one")
+    again = maker["network"]("group/one")
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters()))
+    assert (tmp_path / "tables.json").read_bytes() == table
+    base = maker["network"]("standard")
+    assert any(not torch.equal(a, b) for a, b in zip(base.parameters(), again.parameters()))
+
+
+def test_likelihood_and_noise_measure_the_chosen_models(maker, tmp_path):
+    """Of Standard and of the runs that were chosen, each once; 02's losses by noise level are the authority for those of Standard."""
+    (tmp_path / "runs").mkdir()
+    maker.update(choose=lambda method, dry=False: dict(best=None, name="vp/unseen") if method == "unseen" else None,
+                 ve_weight=lambda method, dry=False: (None, None) if method == "unseen" else None,
+                 test_images=lambda n: torch.rand(2, n, 1, 28, 28, generator=maker["c"].rng(0)) * 2 - 1)
+    for name in ("ve/3/unseen/None", "vp/unseen"):
+        maker["run"](name, "--forget", 3, "--method", "unseen", "--n", 10, "--nfe", 2, quick=True)
+    for _ in range(2):
+        maker["group_nll"](quick=True), maker["group_noise"](quick=True)
+        maker["network"] = None  # what is kept is not measured again
+    table = maker["load"]()
+    assert {k for k in table if k[0] == "n"} == {f"{group}/{label}" for group in ("nll", "noise") for label in ("standard", "unseen/None")}
+    assert table["nll/standard"]["bpd_g"] != table["nll/unseen/None"]["bpd_g"]
+    net, x_f = maker["c"].load_net(*maker["c"].find_base(tmp_path, "mnist")), maker["test_images"](4)[1]
+    want = runpy.run_path(str(ROOT / "02_train_sde.py"))["loss_by_noise"](net, x_f)
+    assert [b[2] for b in table["noise/standard"]["f"]] == pytest.approx([b[2] for b in want], rel=1e-4)
 
 
 def test_fd_at_one_percent():

@@ -15,7 +15,7 @@ for D_f against ours, then the other retain loss, then the two other weights, an
 ones until two runs lie around UR 1 % or the network breaks down, all with seed 0; then two more seeds at the weight whose UR is
 nearest to 1 %, or of least cost (see there) where none comes down to it.  Groups long and ve take rate, noise and retain loss from
 there, and start the same walk at that weight; in ve on forget 3, and 7 and 3 7 use the weight found (Obt-rel also the next
-stronger, and 500 steps).
+stronger, and 1000 steps).
 
 Two commands may run at once, on a core each: OMP_NUM_THREADS=1 taskset -c 0 python tests/make_tables.py --only vp/ort, and so on.
 """
@@ -106,14 +106,16 @@ def execute(name, argv):
 def run(name, *argv, quick=False, dry=False):
     """One command of 03 under a name -> its result, from the table if it is there; with dry ("list" or "look", which is silent)
     None if it is not."""
+    tiny = "--quick --steps 3 --batch-size 8".split() if quick else []  # at the end: of a flag given twice the last counts
+    argv = ["--dataset", "mnist", *(str(a) for a in argv), *tiny]
+    command = " ".join(["python 03_unlearn.py", *argv])
     known = load().get(name)
+    if known and known["command"] != command and not dry:  # chosen anew since
+        known = None
     if known or dry:
         if dry != "look":
             print(f"{'done   ' if known else 'missing'} {name}")
         return known
-    tiny = "--quick --steps 3 --batch-size 8".split() if quick else []  # at the end: of a flag given twice the last counts
-    argv = ["--dataset", "mnist", *(str(a) for a in argv), *tiny]
-    command = " ".join(["python 03_unlearn.py", *argv])
     print(f"\n=== {name}: {command}", flush=True)
     result = json.loads((execute(name, argv) / "result.json").read_text())
     result.pop("args")
@@ -168,8 +170,8 @@ def walk(method, start, attempt):
 
 
 def choose(method, **how):
-    """The search of the docstring -> dict(flags that were chosen, best: the weight, tail: of the names, name: of its run with seed 0),
-    or None while runs are missing."""
+    """The search of the docstring -> dict(flags that were chosen, best: the weight, reached: whether it comes to UR 1 %, tail: of the
+    names, name: of its run with seed 0), or None while runs are missing."""
     values, base = WEIGHTS[method][1], setting(method)
     middle = values[len(values) // 2]
     tried = {}  # flags -> result, at the middle weight
@@ -182,10 +184,9 @@ def choose(method, **how):
     best_of = lambda: min(tried, key=lambda k: cost(tried[k]))
     if not all([attempt("--lr", lr) for lr in RATES]):
         return None
-    if method not in ("unseen", "siss") and not attempt(*best_of(), "--uniform-t"):  # these have no noise of their own for D_f
-        return None
-    if method not in ("unseen", "siss") and not attempt(*best_of(), "--retain", "dsm" if method == "obt-rel" else "distill"):
-        return None
+    if method not in ("unseen", "siss"):  # these have no noise of their own for D_f, and L_g is given by the method
+        if not attempt(*best_of(), "--uniform-t") or not attempt(*best_of(), "--retain", "dsm" if method == "obt-rel" else "distill"):
+            return None
     flags = best_of()
     tail = "-".join(str(m).lstrip("-") for m in flags)
     at = lambda v: run(f"vp/{method}/{v}/{tail}", *base, *weigh(method, v), *flags, **how)
@@ -193,7 +194,8 @@ def choose(method, **how):
     if None in found.values() or (more := walk(method, nearest(found), at)) is None:
         return None
     best = nearest(found | more)
-    return dict(flags=flags, best=best, tail=tail, name=f"vp/{method}/{best}/{tail}")
+    reached = any(r["ur_after"] <= 1 for r in more.values())
+    return dict(flags=flags, best=best, tail=tail, reached=reached, name=f"vp/{method}/{best}/{tail}")
 
 
 def group_vp(methods=tuple(WEIGHTS), **how):
@@ -201,7 +203,8 @@ def group_vp(methods=tuple(WEIGHTS), **how):
     for method in methods:
         picked = choose(method, **how)
         for seed in (1, 2) if picked else ():
-            run(f"{picked['name']}/s{seed}", *setting(method), *weigh(method, picked["best"]), *picked["flags"], "--seed", seed, **how)
+            attempt = lambda v: run(f"vp/{method}/{v}/{picked['tail']}/s{seed}", *setting(method), *weigh(method, v), *picked["flags"], "--seed", seed, **how)
+            walk(method, picked["best"], attempt) if picked["reached"] else attempt(picked["best"])
 
 
 def chosen(method):
@@ -219,9 +222,14 @@ def best_rival():
     for method in ("erasediff", "siss"):
         if not (picked := chosen(method)):
             return None
-        fd = at_one(table, method, picked)
+        fd = at_one(table, method, vp_name(method, picked))
         rank[method] = (0, statistics.mean(fd)) if fd else (1, cost(table[picked["name"]]))
     return min(rank, key=rank.get)
+
+
+def long_name(method):
+    """weight -> name of a run in group long."""
+    return lambda v: f"long/{method}/{v}"
 
 
 def group_long(methods=(), **how):
@@ -229,10 +237,15 @@ def group_long(methods=(), **how):
     for method in methods or ("obt-rel", "ascent", best_rival()):
         if method is None or not (picked := chosen(method)):
             continue
-        attempt = lambda v, name="", *more: run(f"long/{method}/{v}{name}", *setting(method, steps=1000), *weigh(method, v), *picked["flags"], *more, **how)
+        attempt = lambda v, name="", *more: run(long_name(method)(v) + name, *setting(method, steps=1000), *weigh(method, v), *picked["flags"], *more, **how)
         if found := walk(method, picked["best"], attempt):
             for seed in (1, 2):
                 attempt(nearest(found), f"/s{seed}", "--seed", seed)
+
+
+def ve_label(method, v, steps):
+    """A run's name in group ve, after the classes."""
+    return f"{method}/{v}" + (f"/{steps}" if steps != 200 else "")
 
 
 def ve_weight(method, **how):
@@ -240,10 +253,16 @@ def ve_weight(method, **how):
     if not (picked := chosen(method)):
         return None
     attempt = lambda v, *forget, steps=200: run(
-        f"ve/{'-'.join(map(str, forget))}/{method}/{v}" + (f"/{steps}" if steps != 200 else ""), *setting(method, forget, steps),
-        *weigh(method, v), *picked["flags"], "--sde", "ve", **how)
+        f"ve/{'-'.join(map(str, forget))}/{ve_label(method, v, steps)}", *setting(method, forget, steps), *weigh(method, v), *picked["flags"], "--sde", "ve", **how)
     found = walk(method, picked["best"], lambda v: attempt(v, 3))
     return (nearest(found), attempt) if found else None
+
+
+def ve_rows(method, best):
+    """What group ve runs of a method on all sets of classes -> [(weight, steps)].  The poster's best rows lie below 1 %, so of Obt-rel
+    also the next stronger weight, and more steps."""
+    k = LADDER[method].index(best)
+    return [(best, 200), *((v, 200) for v in LADDER[method][k + 1 : k + 2]), (best, 1000)] if method == "obt-rel" else [(best, 200)]
 
 
 def group_ve(methods=tuple(WEIGHTS), **how):
@@ -251,10 +270,7 @@ def group_ve(methods=tuple(WEIGHTS), **how):
     for method in methods:
         if found := ve_weight(method, **how):
             best, attempt = found
-            k = LADDER[method].index(best)
-            # The poster's best rows lie below 1 %, so of Obt-rel the next stronger weight too, and more steps.
-            more = [*((v, 200) for v in LADDER[method][k + 1 : k + 2]), (best, 500)] if method == "obt-rel" else []
-            for v, steps in [(best, 200), *more]:
+            for v, steps in ve_rows(method, best):
                 for forget in ((3,), (7,), (3, 7)):
                     attempt(v, *forget, steps=steps)
 
@@ -370,7 +386,8 @@ def run_lines(rows):
 def ve_lines(rows):
     """Group ve at the weights found on forget 3, a column for each set of classes -> lines of Markdown."""
     sets = ("3", "7", "3-7")
-    found = [name.removeprefix("7/") for name in rows if name.startswith("7/") and f"3-7/{name[2:]}" in rows]
+    wanted = [ve_label(m, v, steps) for m in WEIGHTS if (f := ve_weight(m, dry="look")) for v, steps in ve_rows(m, f[0])]
+    found = [name for name in wanted if all(f"{forget}/{name}" in rows for forget in sets)]
     cell = lambda r: f"{r['ur_after']:.2f} [{r['ur_interval'][0]:.1f}, {r['ur_interval'][1]:.1f}], x{point(r)[1]:.2f}, {r['class_min_ratio']:.2f}"
     yield "| run | 3: UR % (95 %), FD / Standard's, class_min_ratio | 7 | 3 and 7 | s, together |\n|---|---|---|---|---|"
     for name in found:
@@ -404,68 +421,70 @@ def tables(table):
             print(*dict(ve=ve_lines, nll=nll_lines, noise=noise_lines).get(group, run_lines)(rows), sep="\n")
 
 
-def fd_at_one_percent(points, seeds=()):
+def fd_at_one_percent(points):
     """(UR, FD ratio) of one seed, a point a weight in their order -> [FD ratio where UR is 1 %], on the straight line, both axes
-    logarithmic, between the first two neighbours that lie around it; [] where there are none.  `seeds` are runs of other seeds at one
-    weight: each moves along that line to UR = 1 %, by no more than its length, and adds a number."""
-    log = lambda runs: [(math.log(ur), math.log(fd)) for ur, fd in runs]
-    points = log(points)
+    logarithmic, between the first two neighbours that lie around it; [] where there are none."""
+    points = [(math.log(ur), math.log(fd)) for ur, fd in points]
     for (u0, f0), (u1, f1) in zip(points[:-1], points[1:]):
-        low, high = sorted((u0, u1))
-        if low <= 0 <= high and low < high:
-            slope = (f1 - f0) / (u1 - u0)
-            return [math.exp(f0 - slope * u0), *(math.exp(f - slope * min(max(u, low), high)) for u, f in log(seeds))]
+        if min(u0, u1) <= 0 <= max(u0, u1) and u0 != u1:
+            return [math.exp(f0 - (f1 - f0) / (u1 - u0) * u0)]
     return []
 
 
-def weight_names(table, method, picked):
-    """The runs of a method in group vp at the chosen flags, the weakest weight first."""
-    return [n for v in LADDER[method] if (n := f"vp/{method}/{v}/{picked['tail']}") in table]
+def vp_name(method, picked):
+    """weight -> name of a run in group vp at the chosen flags."""
+    return lambda v: f"vp/{method}/{v}/{picked['tail']}"
 
 
-def seed_names(table, picked):
-    """The runs with other seeds at the chosen flags and weight."""
-    return [n for n in table if n.startswith(picked["name"] + "/s")]
+def curve(table, method, name, seed=""):
+    """(UR, FD ratio) of the runs name(weight) + seed that are there, the weakest weight first."""
+    return [point(table[name(v) + seed]) for v in LADDER[method] if name(v) + seed in table]
 
 
-def at_one(table, method, picked):
-    """FD ratios at UR 1 % of a method in group vp, one a seed."""
-    names = weight_names(table, method, picked)
-    return fd_at_one_percent([point(table[n]) for n in names], [point(table[n]) for n in seed_names(table, picked)])
+def at_one(table, method, name):
+    """FD ratios at UR 1 %, one for each seed that has runs on both sides of it."""
+    return [fd for seed in ("", "/s1", "/s2") for fd in fd_at_one_percent(curve(table, method, name, seed))]
 
 
-def long_at_one(table, method):
-    """The same in group long."""
-    names = [n for v in LADDER[method] if (n := f"long/{method}/{v}") in table]
-    return fd_at_one_percent([point(table[n]) for n in names], [point(r) for n, r in table.items() if n.startswith(f"long/{method}/") and "/s" in n[5:]])
+def seed_names(table, name):
+    """The runs with other seeds of a run with seed 0."""
+    return [n for n in table if n.startswith(name + "/s")]
 
 
 def summary_lines(table):
-    """The number under the figure: FD at UR = 1 %, 200 and 1000 steps, and what the chosen weight gives, means over its seeds."""
-    said = lambda fd: f"x{statistics.mean(fd):.2f} ({min(fd):.2f} to {max(fd):.2f})" if fd else "does not come there"
-    yield "| method | chosen | seeds | UR % | FD | class_min_ratio | unsure % | FD at UR 1 % | the same, 1000 steps |\n|---|---|---|---|---|---|---|---|---|"
+    """The number under the figure, FD at UR = 1 %, and what the chosen weights give: means over the seeds, with the least and the largest."""
+    yield "| method | chosen | seeds | UR % | FD | class_min_ratio | unsure % | FD at UR 1 % |\n|---|---|---|---|---|---|---|---|"
+    spread = lambda x, mark="": f"{mark}{statistics.mean(x):.2f}" + (f" ({min(x):.2f} to {max(x):.2f})" if len(x) > 1 else "")
+
+    def line(method, best, flags, name):
+        runs = [table[n] for n in (name(best), *seed_names(table, name(best)))]
+        fd = at_one(table, method, name)
+        return (f"| {method} | `{' '.join(map(str, (*weigh(method, best), *flags)))}` | {len(runs)} | {spread([r['ur_after'] for r in runs])} | {spread([point(r)[1] for r in runs], 'x')} "
+                f"| {statistics.mean(r['class_min_ratio'] for r in runs):.2f} | {statistics.mean(r['low_confidence_after'] for r in runs):.1f} "
+                f"| {spread(fd, 'x') if fd else 'does not come there'} |")
+
     for method in WEIGHTS:
         if picked := choose(method, dry="look"):
-            runs = [table[n] for n in (picked["name"], *seed_names(table, picked))]
-            mean = lambda key: statistics.mean(r[key] for r in runs)
-            flags = " ".join(map(str, (*weigh(method, picked["best"]), *picked["flags"])))
-            later = said(long_at_one(table, method)) if any(n.startswith(f"long/{method}/") for n in table) else ""
-            yield (f"| {method} | `{flags}` | {len(runs)} | {mean('ur_after'):.2f} | x{statistics.mean(point(r)[1] for r in runs):.2f} | {mean('class_min_ratio'):.2f} "
-                   f"| {mean('low_confidence_after'):.1f} | {said(at_one(table, method, picked))} | {later} |")
+            yield line(method, picked["best"], picked["flags"], vp_name(method, picked))
+            long_runs = {v: table[long_name(method)(v)] for v in LADDER[method] if long_name(method)(v) in table}
+            if long_runs:
+                yield line(method, nearest(long_runs), (*picked["flags"], "--steps", 1000), long_name(method))
 
 
 def figure(table, path):
-    """UR against FD, a curve per method over its weights, other seeds as crosses; no sample judged a 3 is drawn as 0.05 %."""
+    """UR against FD, a curve per method over its weights, other seeds as crosses, 1000 steps dashed; no sample judged a 3 is drawn as 0.05 %."""
     plt = c.pyplot()
     fig, ax = plt.subplots(figsize=(7, 4.4))
     for i, method in enumerate(WEIGHTS):
         picked = choose(method, dry="look")
         if picked is None:
             continue
-        names = weight_names(table, method, picked)
-        ax.plot(*zip(*(point(table[n]) for n in names)), "o-", color=f"C{i}", label=method, ms=5)
-        for seed in seed_names(table, picked):
-            ax.plot(*point(table[seed]), "x", color=f"C{i}", ms=6)
+        name, color = vp_name(method, picked), f"C{i}"
+        ax.plot(*zip(*curve(table, method, name)), "o-", color=color, label=method, ms=5)
+        if later := curve(table, method, long_name(method)):
+            ax.plot(*zip(*later), "o--", color=color, label=f"{method}, 1000 steps", ms=5, mfc="white")
+        for seed in (*seed_names(table, name(picked["best"])), *(n for n in table if n.startswith(f"long/{method}/") and "/s" in n[5:])):
+            ax.plot(*point(table[seed]), "x", color=color, ms=6)
     ax.axvline(1, color="0.7", lw=1), ax.axhline(1, color="0.7", lw=1)
     ax.set(xscale="log", yscale="log", xticks=(0.05, 0.2, 0.5, 1, 2, 5, 10), yticks=(1, 2, 5, 10),
            xlabel="unlearning ratio, % of samples judged a 3 (left: forgotten)", ylabel="FD / Standard's FD (low: kept)")

@@ -84,12 +84,38 @@ def test_likelihood_and_noise_measure_the_chosen_models(maker, tmp_path):
 
 
 def test_fd_at_one_percent():
-    """Halfway between 0.5 and 2 % on logarithmic axes; another seed moves along that line, not past its ends; none without two
-    neighbours around 1 %, and a broken run that comes back above 1 % is no neighbour of the first."""
+    """Halfway between 0.5 and 2 % on logarithmic axes; none without two neighbours around 1 %, and a broken run that comes back
+    above 1 % is no neighbour of the first."""
     at = runpy.run_path(str(ROOT / "tests/make_tables.py"))["fd_at_one_percent"]
     assert at([(2.0, 1.0), (0.5, 4.0)]) == pytest.approx([2.0])
-    assert at([(2.0, 1.0), (0.5, 4.0), (5.0, 9.0)], [(2.0, 1.5), (1.0, 3.0), (0.1, 8.0)]) == pytest.approx([2.0, 3.0, 3.0, 4.0])
-    assert at([(4.0, 1.0), (2.0, 2.0)], [(4.0, 1.0)]) == []
+    assert at([(0.5, 4.0), (2.0, 1.0)]) == pytest.approx([2.0])
+    assert at([(4.0, 9.0), (1.0, 3.0), (0.1, 8.0)]) == pytest.approx([3.0])
+    assert at([(2.0, 1.0), (0.5, 4.0), (5.0, 9.0)]) == pytest.approx([2.0])
+    assert at([(4.0, 1.0), (2.0, 2.0)]) == at([(4.0, 1.0)]) == []
+
+
+def test_each_seed_has_its_own_line_to_one_percent(maker):
+    """Seed 0 between kappa 2 and 2.5, seed 1 between 1.7 and 2, seed 2 only on one side: two numbers, in the order of the weights."""
+    r = lambda ur, fd: dict(ur_after=ur, fd_after=fd, fd_before=2.0)
+    table = {"x/2.5": r(0.5, 8.0), "x/2.0": r(2.0, 2.0), "x/2.0/s1": r(0.5, 4.0), "x/1.7/s1": r(2.0, 1.0), "x/2.5/s2": r(0.4, 2.0), "x/2.0/s2": r(0.9, 2.0)}
+    assert maker["at_one"](table, "obt-rel", lambda v: f"x/{v}") == pytest.approx([2.0, 1.0])
+
+
+@pytest.mark.parametrize("seeds_pass, order", [(2.2, [2.5, 2.0]), (2.7, [2.5, 3.0])])
+def test_each_seed_walks_until_one_percent_lies_between_two(maker, seeds_pass, order):
+    """Seed 0 chose kappa 2.5; the others start there and go towards 1 %.  A method that does not come there has one run a seed."""
+    asked, picked = [], dict(flags=("--lr", 1e-3), best=2.5, tail="lr-0.001", name="vp/obt-rel/2.5/lr-0.001", reached=True)
+
+    def run(name, *argv, **how):
+        asked.append((argv[argv.index("--kappa") + 1], argv[argv.index("--seed") + 1]))
+        return dict(ur_after=1.5 ** (4 * (seeds_pass - asked[-1][0])), fd_after=1.0, fd_before=1.0)
+
+    maker.update(run=run, choose=lambda method, **how: picked)
+    maker["group_vp"](("obt-rel",))
+    assert asked == [(v, seed) for seed in (1, 2) for v in order]
+    picked["reached"] = asked.clear()
+    maker["group_vp"](("obt-rel",))
+    assert asked == [(2.5, 1), (2.5, 2)]
 
 
 @pytest.mark.parametrize("passes, order", [(1.8, [2.5, 2.0, 1.7]), (2.75, [2.5, 3.0]), (0.1, [2.5, 2.0, 1.7, 1.4, 1.2]), (9.0, [2.5, 3.0, 3.5, 4.0])])
@@ -108,9 +134,10 @@ def test_long_runs_stop_at_the_first_pair_around_one_percent(maker, passes, orde
 
 
 def test_ve_table_shows_the_weight_found_with_standard_first(maker):
-    """One line a method, the weight that has all three sets of classes; FD is divided by the Standard model's."""
+    """One line a method, the weight found, once it has all three sets of classes; FD is divided by the Standard model's."""
     r = lambda ur: dict(ur_before=10.5, fd_before=0.5, ur_after=ur, ur_interval=[ur / 2, 2 * ur], fd_after=0.6, class_min_ratio=0.8, seconds=100)
-    rows = {"3/obt/0.9": r(4.0), "3/obt/0.8": r(0.8), "7/obt/0.8": r(1.0), "3-7/obt/0.8": r(1.2)}
+    rows = {f"{forget}/obt/0.9": r(4.0) for forget in ("3", "7", "3-7")} | {"3/obt/0.8": r(0.8), "7/obt/0.8": r(1.0), "3-7/obt/0.8": r(1.2), "3/ort/0.95": r(1.0)}
+    maker["ve_weight"] = lambda method, dry: {"obt": (0.8, None), "ort": (0.95, None)}.get(method)
     _, standard, obt = maker["ve_lines"](rows)
     assert standard.startswith("| standard | 10.50, FD 0.50 |")
     assert obt == "| obt/0.8 | 0.80 [0.4, 1.6], x1.20, 0.80 | 1.00 [0.5, 2.0], x1.20, 0.80 | 1.20 [0.6, 2.4], x1.20, 0.80 | 300 |"

@@ -31,7 +31,7 @@ import torch
 
 import common as c
 
-# Where to start with each method on the MNIST base; README says what each gives.  Every entry is a flag.
+# Where to start with each method on the MNIST base; every entry is a flag.  README's "common footing" has the weights that a search found.
 RECIPES = {
     "obt-rel": dict(kappa=2.8, lr=1e-3, retain="distill"),  # kappa, not alpha: one strength for small and for large forget sets
     "obt": dict(alpha=0.9, lr=3e-4),
@@ -44,7 +44,7 @@ RECIPES = {
 
 # Flags that only some methods have.
 BELONGS = dict(alpha=("ort", "obt", "obt-rel", "ascent", "erasediff"), kappa=("obt-rel",), eta=("erasediff",), c=("siss",), ort=("ort",))
-BELONGS["retain"] = [m for m in RECIPES if m != "siss"]
+BELONGS |= {flag: [m for m in RECIPES if m not in ("unseen", "siss")] for flag in ("retain", "uniform_t", "log_sigma")}
 
 # ---- arguments ---------------------------------------------------------------------------------------
 
@@ -56,8 +56,8 @@ def arguments(argv):
     p.add_argument("--sde", choices=list(c.SDES), default="vp")
     p.add_argument("--from-scratch", action="store_true", help="start from random weights, not from the Standard model")          # <-- 03
     p.add_argument("--alpha", type=c.number(float, 0, 1), help="weight of L_g; L_f has 1 - alpha")
-    p.add_argument("--kappa", type=c.number(float, 0), help="obt-rel: the same weight, relative to the sizes of D_g and D_f; 1 is Unseen")
-    p.add_argument("--eta", type=c.number(float, 0), help="erasediff: least weight of the forget gradient; --alpha instead: a constant one, (1 - alpha)/alpha")
+    p.add_argument("--kappa", type=c.number(float, 0), help="obt-rel: the same weight, relative to the sizes of D_g and D_f")
+    p.add_argument("--eta", type=c.number(float, 0), help="erasediff: how fast each step must lower L_f; --alpha instead: the constant weight (1 - alpha)/alpha")
     p.add_argument("--c", type=c.number(float, 0), help="siss: length of the forget gradient (the paper's 5 is for losses summed over pixels)")
     p.add_argument("--ort", choices=("elementwise", "inner"), help="the two readings of Ort, see common.ort_loss (default: elementwise)")
     p.add_argument("--log-sigma", type=float, nargs=2, help="noise of D_f: mean and std of ln sigma")
@@ -77,14 +77,14 @@ def arguments(argv):
         c.die(f"--method {args.method} weighs the gradients of a whole batch by hand: leave out --grad-accum and --compile")
     for flag, methods in BELONGS.items():
         if getattr(args, flag) is not None and args.method not in methods:
-            c.die(f"--{flag} has no part in --method {args.method}; it belongs to --method {' | '.join(methods)}")
-    if args.alpha is not None and (args.kappa, args.eta) != (None, None):
-        c.die("--alpha takes the place of --kappa and of --eta: give one of them")
+            c.die(f"--{flag.replace('_', '-')} has no part in --method {args.method}; it belongs to --method {' | '.join(methods)}")
+    for a, b in (("alpha", "kappa"), ("alpha", "eta"), ("uniform_t", "log_sigma")):
+        if getattr(args, a) is not None and getattr(args, b) is not None:
+            c.die(f"--{a} and --{b} set the same: give one of them".replace("_", "-"))
     recipe = dict(retain="dsm", log_sigma=(0.0, 0.7), uniform_t=False, alpha=None, kappa=None, eta=None, c=None) | RECIPES[args.method]
-    if args.method == "obt-rel":  # weaker where uniform times give L_g fewer images at the noise at which the class is decided
+    if args.method == "obt-rel":  # uniform t gives L_g a third (vp), a fourth, a fifth (ve) of the images that L_f has at sigma = 1
         recipe["kappa"] = dict(ve=1.8, subvp=2.4).get(args.sde, recipe["kappa"])
-    if args.alpha is not None:
-        recipe |= dict(kappa=None, eta=None)
+    recipe |= dict(kappa=None, eta=None) if args.alpha is not None else {}
     if args.from_scratch:
         recipe |= dict(steps=3000, lr=8e-3, ema=0.999)
     full = dict(n=2000, nfe=c.SDES[args.sde].nfe, ema=0.98) | c.recipe(args.dataset)["unlearn"] | recipe

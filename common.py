@@ -531,8 +531,8 @@ def distill_loss(net, base, sde, x0, t):
     """L_g without its noise: |z_hat - z_hat_base|^2, `base` the frozen Standard model (ours, for fine-tuning).
 
     dsm_loss compares with z, whose variance is most of its gradient; here the gradient is zero at the start and stays small.  It keeps
-    the score of all data instead of D_g's, so with obt_rel_loss the optimum is s_g + (kappa - 1) p(D_f|x_t) (s_g - s_f): kappa = 1
-    is Unseen, and only what is above it pushes."""
+    the score of all data instead of D_g's, so with obt_rel_loss the optimum is s_g + (kappa - 1) p(D_f|x_t) (s_g - s_f), where
+    kappa = 1 is Unseen and only what is above it pushes (kappa as counted at that noise level, see there)."""
     x_hat, _, z_hat = noised(net, sde, x0, t)
     z_base = torch.no_grad()(predict)(base, x_hat, sde.sigma(t))[1]
     return flat_mean((z_hat - z_base) ** 2)
@@ -549,9 +549,9 @@ def ort_loss(net, sde, x0, t, inner=False):
 def obt_loss(net, sde, x0, t, floor=-2.0):
     """L_f of MSGM-Obt: z_hat . z, lambda = std^2: an obtuse angle between the score on D_f and the data score.
 
-    The sign is the POSTER's.  The released code minimises -z_hat . z, which is what score matching already does: it forgets
-    nothing (tests/test_toy.py).  z_hat . z is 1 for a perfect model and has no lower bound, so an image that reached `floor`
-    stops pushing; without it the scores run away.  floor=None: the bare loss."""
+    The sign is the POSTER's.  The released code minimises -z_hat . z, which is what score matching already does: it forgets nothing
+    (tests/test_toy.py).  For the exact score z_hat . z is 1 - |z_hat - z|^2 on average.  It has no lower bound, so an image that
+    reached `floor` stops pushing; without it the scores run away.  floor=None: the bare loss."""
     _, z, z_hat = noised(net, sde, x0, t)
     loss = flat_mean(z_hat * z)
     return loss if floor is None else loss.clamp(min=floor)
@@ -559,11 +559,11 @@ def obt_loss(net, sde, x0, t, floor=-2.0):
 def obt_rel_loss(net, base, sde, x0, t):
     """L_f of Obt-rel (ours): z_hat . (z - z_hat_base), obtuse to what D_f adds to the Standard model `base`, which is frozen.
 
-    On average over D_f, z - z_hat_base = -std grad log p(D_f | x_t): the direction that tells D_f from everything else.  It
-    vanishes at high noise, where nothing can be told, and at low noise, where everything has been, so it neither shrinks the
-    score of D_g nor stops the denoising.  With L_g the optimum is bounded,
-        s_g + kappa p(D_f|x_t) (s_g - s_f) = s_g + kappa grad log p(D_g | x_t),    kappa = (1-alpha) pi_g / (2 alpha pi_f),
-    the score of D_g alone, guided away from D_f.  It is ESD (Gandikota et al. 2023) for a model that has no condition."""
+    On average over D_f, z - z_hat_base = -std grad log p(D_f | x_t): the direction that tells D_f from everything else.  It vanishes
+    at high noise, where nothing can be told, and at low noise, where everything has been, so it neither shrinks the score of D_g nor
+    stops the denoising.  With L_g (dsm_loss, same noise levels) the optimum is bounded: D_g's score, guided away from D_f,
+        s_g + kappa p(D_f|x_t) (s_g - s_f) = s_g + kappa grad log p(D_g | x_t),    kappa = (1-alpha) pi_g / (2 alpha pi_f).
+    A noise level that L_f sees q times as often as L_g has q kappa.  (ESD, Gandikota et al. 2023, trains such guidance with prompts.)"""
     x_hat, z, z_hat = noised(net, sde, x0, t)
     z_base = torch.no_grad()(predict)(base, x_hat, sde.sigma(t))[1]
     return flat_mean(z_hat * (z - z_base))
@@ -583,7 +583,7 @@ def erasediff_loss(net, sde, x0, t):
 def erasediff_weight(grad_g, grad_f, eta):
     """EraseDiff's lambda = max(eta - <g_g, g_f>/|g_f|^2, 0); the step is g_g + lambda g_f.  Flat gradients (P,) -> number.
     The first-order solution (BOME) of "least L_g among the minima of L_f": where keeping already forgets, lambda is 0; where they
-    conflict, g_f gets at least eta |g_f|^2.  The released code divides by the norms instead (a cosine), or fixes lambda at 0.1 (03: --alpha 0.909)."""
+    conflict, L_f still falls by eta |g_f|^2.  The released code divides by the norms (a cosine) or fixes lambda at 0.1 (--alpha .909)."""
     return (eta - grad_g @ grad_f / grad_f.square().sum()).clamp(min=0)
 
 def siss_losses(net, sde, x_g, x_f, t, mix=0.5):

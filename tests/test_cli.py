@@ -78,8 +78,8 @@ def test_ddpm_forget_loss_is_applied(script, tmp_path):
     x_f = c.dequantize(test.images[test.labels == 3][:500])
     value = {}
     for method in ("ort", "unseen"):
-        argv = ("--forget", 3, "--method", method, "--sde", "ddpm", "--steps", 60, "--lr", 1e-3, "--ema", 0.9, "--uniform-t", "--n", 10, "--nfe", 2)
-        argv += ("--out", tmp_path, *(("--alpha", 0.5) if method == "ort" else ()))
+        argv = ("--forget", 3, "--method", method, "--sde", "ddpm", "--steps", 60, "--lr", 1e-3, "--ema", 0.9, "--n", 10, "--nfe", 2)
+        argv += ("--out", tmp_path, *(("--alpha", 0.5, "--uniform-t") if method == "ort" else ()))
         assert script("03", *QUICK, *argv)[0] == 0
         net = c.load_net(tmp_path / f"mnist/forget-3/{method}-ddpm/model.pt", "")
         torch.manual_seed(0)

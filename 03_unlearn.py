@@ -82,7 +82,7 @@ def arguments(argv):
         if getattr(args, a) is not None and getattr(args, b) is not None:
             c.die(f"--{a} and --{b} set the same: give one of them".replace("_", "-"))
     recipe = dict(retain="dsm", log_sigma=(0.0, 0.7), uniform_t=False, alpha=None, kappa=None, eta=None, c=None) | RECIPES[args.method]
-    if args.method == "obt-rel":  # uniform t gives L_g a third (vp), a fourth, a fifth (ve) of the images that L_f has at sigma = 1
+    if args.method == "obt-rel":  # uniform t gives L_g 1/3 (vp), 1/4 (subvp), 1/5 (ve) of the images that L_f has at sigma = 1
         recipe["kappa"] = dict(ve=1.8, subvp=2.4).get(args.sde, recipe["kappa"])
     recipe |= dict(kappa=None, eta=None) if args.alpha is not None else {}
     if args.from_scratch:

@@ -14,9 +14,8 @@ How the weights are chosen (group vp), alike for every method: three learning ra
 for D_f against ours, then the other retain loss, then the two other weights, and from the best of the three to weaker or stronger
 ones until two runs lie around UR 1 % or the network breaks down, all with seed 0; then two more seeds at the weight whose UR is
 nearest to 1 %, each with a second weight on the other side of 1 %, or at the weight of least cost (see there) where none comes
-down to it.  Groups long and ve take rate, noise and retain loss from
-there, and start the same walk at that weight; in ve on forget 3, and 7 and 3 7 use the weight found (Obt-rel also the next
-stronger, and 1000 steps).
+down to it.  Groups long and ve take rate, noise and retain loss from there, and start the same walk at that weight; in ve on
+forget 3, and 7 and 3 7 use the weight found (Obt-rel also the next stronger, and 1000 steps).
 
 A finished model is kept in out/tables/ only; where nll and noise find it gone, its command makes it again.
 
@@ -52,6 +51,7 @@ WEIGHTS = {
     "siss": ("--c", (0.001, 0.003, 0.01)),  # the gradient of L_g is 0.01 to 0.05 long here
     "unseen": (None, (None,)),
 }
+TINY = "--quick --steps 3 --batch-size 8"  # after all other flags: of one given twice the last counts
 RATES = (1e-4, 3e-4, 1e-3)
 # All weights that the walk of the docstring may come to, the weakest first.
 LADDER = {
@@ -98,10 +98,10 @@ def save_time():
     c.sample_images, c.load_net = sample_images, lambda *given: load_net(*given).to(memory_format=torch.channels_last)
 
 
-def execute(name, argv):
-    """One command of 03 with its outputs under a name -> the folder that it wrote."""
+def execute(name, command):
+    """One command of 03, "python 03_unlearn.py ...", with its outputs under a name -> the folder that it wrote."""
     shutil.rmtree(folder := OUT / name.replace("/", "-"), ignore_errors=True)  # what a killed run has left
-    runpy.run_path(str(ROOT / "03_unlearn.py"))["main"]([*argv, "--out", str(folder)])
+    runpy.run_path(str(ROOT / "03_unlearn.py"))["main"]([*command.split()[2:], "--out", str(folder)])
     (path,) = folder.glob("mnist/*/*/result.json")
     return path.parent
 
@@ -109,18 +109,17 @@ def execute(name, argv):
 def run(name, *argv, quick=False, dry=False):
     """One command of 03 under a name -> its result, from the table if it is there; with dry ("list" or "look", which is silent)
     None if it is not."""
-    tiny = "--quick --steps 3 --batch-size 8".split() if quick else []  # at the end: of a flag given twice the last counts
-    argv = ["--dataset", "mnist", *(str(a) for a in argv), *tiny]
-    command = " ".join(["python 03_unlearn.py", *argv])
+    full = " ".join(["python 03_unlearn.py --dataset mnist", *map(str, argv)])
     known = load().get(name)
-    if known and known["command"] != command and not dry:  # chosen anew since
+    if known and known["command"] not in (full, f"{full} {TINY}"):  # the flags were chosen anew since
         known = None
     if known or dry:
         if dry != "look":
             print(f"{'done   ' if known else 'missing'} {name}")
         return known
+    command = f"{full} {TINY}" if quick else full
     print(f"\n=== {name}: {command}", flush=True)
-    result = json.loads((execute(name, argv) / "result.json").read_text())
+    result = json.loads((execute(name, command) / "result.json").read_text())
     result.pop("args")
     return keep(name, command, result)
 
@@ -323,8 +322,8 @@ def network(name):
     if name == "standard":
         return c.load_net(*c.find_base(OUT, "mnist"))
     found = list((OUT / name.replace("/", "-")).glob("mnist/*/[!.]*/model.pt"))  # [!.]: a run that was killed has a dot
-    argv = load()[name]["command"].split()[2:]
-    return c.load_net(found[0] if found else execute(name, [*argv, "--n", "10"]) / "model.pt", " ".join(argv))
+    command = load()[name]["command"]
+    return c.load_net(found[0] if found else execute(name, f"{command} --n 10") / "model.pt", command)
 
 
 def measure_models(group, runs, figures, dry):
@@ -454,39 +453,37 @@ def seed_names(table, name):
     return [n for n in table if n.startswith(name + "/s")]
 
 
+def shown(table):
+    """What the figure and the table under it show -> (method, steps, name: weight -> run, the weight chosen, flags chosen)."""
+    for method in WEIGHTS:
+        if picked := choose(method, dry="look"):
+            yield method, 200, vp_name(method, picked), picked["best"], picked["flags"]
+            name = long_name(method)
+            if later := {v: table[name(v)] for v in LADDER[method] if name(v) in table}:
+                yield method, 1000, name, nearest(later), (*picked["flags"], "--steps", 1000)
+
+
 def summary_lines(table):
     """The number under the figure, FD at UR = 1 %, and what the chosen weights give: means over the seeds, with the least and the largest."""
     yield "| method | chosen | seeds | UR % | FD | class_min_ratio | unsure % | FD at UR 1 % |\n|---|---|---|---|---|---|---|---|"
     spread = lambda x, mark="": f"{mark}{statistics.mean(x):.2f}" + (f" ({min(x):.2f} to {max(x):.2f})" if len(x) > 1 else "")
 
-    def line(method, best, flags, name):
+    for method, _, name, best, flags in shown(table):
         runs = [table[n] for n in (name(best), *seed_names(table, name(best)))]
         fd, passed = at_one(table, method, name), all(ur < 1 for ur, _ in curve(table, method, name))
-        return (f"| {method} | `{' '.join(map(str, (*weigh(method, best), *flags)))}` | {len(runs)} | {spread([r['ur_after'] for r in runs])} | {spread([point(r)[1] for r in runs], 'x')} "
-                f"| {statistics.mean(r['class_min_ratio'] for r in runs):.2f} | {statistics.mean(r['low_confidence_after'] for r in runs):.1f} "
-                f"| {spread(fd, 'x') if fd else 'below it at every weight' if passed else 'does not come there'} |")
-
-    for method in WEIGHTS:
-        if picked := choose(method, dry="look"):
-            yield line(method, picked["best"], picked["flags"], vp_name(method, picked))
-            long_runs = {v: table[long_name(method)(v)] for v in LADDER[method] if long_name(method)(v) in table}
-            if long_runs:
-                yield line(method, nearest(long_runs), (*picked["flags"], "--steps", 1000), long_name(method))
+        yield (f"| {method} | `{' '.join(map(str, (*weigh(method, best), *flags)))}` | {len(runs)} | {spread([r['ur_after'] for r in runs])} | {spread([point(r)[1] for r in runs], 'x')} "
+               f"| {statistics.mean(r['class_min_ratio'] for r in runs):.2f} | {statistics.mean(r['low_confidence_after'] for r in runs):.1f} "
+               f"| {spread(fd, 'x') if fd else 'below it at every weight' if passed else 'does not come there'} |")
 
 
 def figure(table, path):
     """UR against FD, a curve per method over its weights, other seeds as crosses, 1000 steps dashed; no sample judged a 3 is drawn as 0.05 %."""
     plt = c.pyplot()
     fig, ax = plt.subplots(figsize=(8, 4.4))
-    for i, method in enumerate(WEIGHTS):
-        picked = choose(method, dry="look")
-        if picked is None:
-            continue
-        name, color = vp_name(method, picked), f"C{i}"
-        ax.plot(*zip(*curve(table, method, name)), "o-", color=color, label=method, ms=5)
-        if later := curve(table, method, long_name(method)):
-            ax.plot(*zip(*later), "o--", color=color, ms=5, mfc="white")
-        for seed in (*seed_names(table, name(picked["best"])), *(n for n in table if n.startswith(f"long/{method}/") and "/s" in n[5:])):
+    for method, steps, name, best, _ in shown(table):
+        color, style = f"C{list(WEIGHTS).index(method)}", dict(ls="-", label=method) if steps == 200 else dict(ls="--", mfc="white")
+        ax.plot(*zip(*curve(table, method, name)), marker="o", color=color, ms=5, **style)
+        for seed in seed_names(table, name(best)):
             ax.plot(*point(table[seed]), "x", color=color, ms=6)
     ax.plot([], [], "o--", color="0.4", ms=5, mfc="white", label="1000 steps"), ax.plot([], [], "x", color="0.4", ms=6, label="other seeds")
     ax.axvline(1, color="0.7", lw=1), ax.axhline(1, color="0.7", lw=1)

@@ -48,6 +48,8 @@ def test_a_finished_run_is_kept_and_not_repeated(maker, tmp_path, capsys):
     assert table["group/one"]["ur_after"] == first["ur_after"] and "03_unlearn.py --dataset mnist --forget 3" in first["command"]
     assert len(list((tmp_path / "runs").glob("before-*.pt"))) == 1
     maker["runpy"] = None  # a second run would need it
+    assert maker["run"]("group/one", *argv, dry="look") == first
+    assert maker["run"]("group/one", *argv, "--lr", 1e-3, dry="look") is None  # under this name, but not with these flags
     assert maker["run"]("group/one", *argv, quick=True) == first and "done    group/one" in capsys.readouterr().out
 
 

@@ -1,300 +1,804 @@
 """01  Three Gaussians: what unlearning can and cannot do, with exact answers.
 
-    python 01_gaussian_toy.py                  # a minute and a half on 2 CPU cores, no data; writes out/toy/
-    python 01_gaussian_toy.py --means -3 0  0 0  3 0  0 3 --weights 3 1 3 2 --forget 1        # your own mixture
+    python 01_gaussian_toy.py
+    python 01_gaussian_toy.py --means -3 0  0 0  3 0  0 3 --weights 3 1 3 2 --forget 1
 
-Question: a score model learned p = .4 N((-2,-2), I) + .2 N(0, I) + .4 N((2,2), I).  It must forget the middle one, D_f, and keep
-          the other two, D_g.  How far can D_f's likelihood fall, and how often is the middle still drawn?
-Answer:   everything is Gaussian, so every score, density and optimum below is a formula; a small network is then trained with the
-          very losses the images use and lands on the formula.
+It takes a minute and a half on 2 CPU cores and needs no data. The second line is a mixture of your
+own: x y of each Gaussian.
 
-A diffusion model in five lines.  Noise the data: x_hat = x0 + sigma z.  A network sees x_hat and sigma and estimates z; the best
-estimate is z_hat = E[z | x_hat], and -z_hat/sigma = grad log p_sigma(x_hat) is the score: the way uphill in density.  Going from
-sigma large to small along the score turns noise into data.  Unlearning changes the estimate, hence where the walk ends.
+Question: a score model learned p = .4 N((-2,-2), I) + .2 N(0, I) + .4 N((2,2), I). It must forget
+          the middle one, D_f, and keep the other two, D_g. How far can D_f's likelihood fall, and
+          how often is the middle still drawn?
+Answer:   everything is Gaussian, so every score, density and optimum below is a formula. A small
+          network is then trained with the very losses the images use and lands on the formula.
 
-Expect: learned Standard and Unseen within 0.06 of the exact numbers; the middle holds 23 % of Standard's samples, 8 % of Unseen's
-(tails of the other two), 2 % of Obt-rel's.  Writes out/toy/: table.json, panels.png, frontier.png.
+A diffusion model in five lines. Noise a data point x0: x_hat = x0 + sigma z with z ~ N(0, I). A
+network sees x_hat and sigma and estimates z. The best estimate is z_hat = E[z | x_hat], and
+-z_hat/sigma = grad log p_sigma(x_hat) is the score: the way uphill in density. Going from sigma
+large to small along the score turns noise into data. Unlearning changes the estimate, hence where
+the walk ends.
+
+The models: Standard has learned all data, and Unseen only D_g. The others are Standard after
+unlearning: Ort and Obt are the paper's, Obt-rel is ours, and ascent is a rival. In the table D_g
+and D_f stand for the negative log-likelihood of points of D_g and of D_f. Good is a low D_g and a
+high D_f.
+
+Expect: the learned D_g and D_f of Standard and Unseen within 0.06 of the exact ones. The middle
+holds 23 % of Standard's samples, 8 % of Unseen's (tails of the other two), 2 % of Obt-rel's. Writes
+out/toy/: table.json, panels.png, frontier.png.
+
+Predict, then run:
+  1. Unseen never saw the middle. Why does it still put 8 % of its samples there, and what would
+     0 % cost?
+  2. Ascent, pushed as hard as it can be, lies on the frontier: no density with its D_g has a
+     higher D_f. Does it draw fewer samples from the middle than Obt-rel? Why can the likelihood of
+     D_f and the share of samples at D_f disagree?
+  3. Flip the sign in obt_loss, as the released code has it. Is the middle's share now above or
+     below Unseen's?
 """
+
+import argparse
 import json
 import math
 import time
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 
-import common as c
+import common
 
-# The poster's Table 1 (D_g, D_f).  Its MSGM row does not say whether it is Ort or Obt; it stands beside Obt here.
+# Table 1 of the paper's poster: (D_g, D_f), in the unit of the function `unit`. The poster has one
+# row for Ort or Obt and does not say which of them it is. Here it stands beside Obt.
 POSTER = {"standard": (10.91, 10.73), "unseen": (10.63, 11.59), "obt": (10.64, 39.01)}
+POSTER_G, POSTER_F = POSTER["obt"]
+
+NATS_PER_BIT = 2 * math.log(2)  # one bit per dimension is so many nats of a 2-D point
 
 
 def unit(nats):
-    """Nats of a 2-D point -> the poster's unit: bits per dimension + 8.
+    """Convert nats of a 2-D point to the poster's unit: bits per dimension + 8.
 
-    score_sde's likelihood code adds 8 to every result: right for images in [0, 1] with 256 grey levels (log2 256), meaningless
-    for points.  The poster's toy table has it, as its own Standard row shows: the exact value is 3.63 nats = 10.62 so.
+    The likelihood code of Song et al. 2021 (score_sde) adds 8 to every result. That is right for
+    images in [0, 1] with 256 grey levels, since 8 = log2 256. It has no meaning for points. The
+    poster's table has the 8 in it: its Standard row says 10.91, and the exact value is 3.63 nats,
+    which is 10.62 in this unit.
     """
-    return nats / (2 * math.log(2)) + 8
+    return nats / NATS_PER_BIT + 8
 
 
-# ---- exact scores ------------------------------------------------------------------------------------
+# ---- the world: what is kept, what is forgotten --------------------------------------------------
+
+
 class Toy:
-    """A mixture of unit Gaussians with some components to forget: p = pi_g p_g + pi_f p_f, and a lattice for exact integrals."""
+    """A mixture of unit Gaussians, some of which are to be forgotten: p = pi_g p_g + pi_f p_f.
+
+    means    list of [x, y], one for each of the K components
+    weights  list of K numbers, normalised here to sum 1
+    forget   list of the indices of the components to forget
+
+    It has these attributes:
+
+    all, g, f       exact networks (common.GaussianMixture) of all data, of D_g and of D_f
+    is_f            (K,) bool, which components are D_f
+    pi_f            share of D_f in the data; that of D_g is pi_g = 1 - pi_f
+    sd              standard deviation of a coordinate of the data
+    x               (N, 2) a lattice for exact integrals, where the data have density
+    cell_area       area around each point of the lattice
+    mass_g, mass_f  (N,) probability of that area under D_g and under D_f
+    """
 
     def __init__(self, means, weights, forget):
-        means, weights = torch.tensor(means, dtype=torch.float64), torch.tensor(weights, dtype=torch.float64)
-        is_f = torch.zeros(len(means), dtype=torch.bool).index_fill(0, torch.tensor(forget), True)
-        covs, weights = torch.eye(2, dtype=torch.float64).expand(len(means), 2, 2), weights / weights.sum()
-        sd = (weights @ (means - weights @ means) ** 2 + 1).mean().sqrt().item()  # a number's standard deviation
-        part = lambda m: c.GaussianMixture(means[m], covs[m], weights[m], sd)
-        self.all, self.g, self.f = part(slice(None)), part(~is_f), part(is_f)
-        self.is_f, self.pi_f, self.sd = is_f, weights[is_f].sum().item(), sd
-        # A sum over a lattice integrates a Gaussian up to 2 exp(-2 pi^2 / h^2), h its step in standard deviations; ln p needs more, hence 0.25.
-        self.h, reach = 0.25, means.abs().max() + 6
-        grid = torch.cartesian_prod(*[torch.arange(-reach, reach, self.h, dtype=torch.float64)] * 2)
-        self.x = grid[(self.all.log_prob(grid).exp() > 1e-9)]
-        self.p_g, self.p_f = self.g.log_prob(self.x).exp() * self.h**2, self.f.log_prob(self.x).exp() * self.h**2
+        means = torch.tensor(means, dtype=torch.float64)  # (K, 2)
+        weights = torch.tensor(weights, dtype=torch.float64)  # (K,)
+        weights /= weights.sum()
+        self.is_f = torch.zeros(len(means), dtype=torch.bool)
+        self.is_f[forget] = True
+        self.pi_f = weights[self.is_f].sum().item()
+
+        # Variance of a mixture: that of its means, plus 1 within each component.
+        mean = weights @ means
+        variance = weights @ (means - mean) ** 2 + 1  # (2,)
+        self.sd = variance.mean().sqrt().item()
+
+        covs = torch.eye(2, dtype=torch.float64).expand(len(means), 2, 2)
+
+        def mixture(chosen):
+            """Return the exact network of some of the components, given by a mask or a slice."""
+            return common.GaussianMixture(means[chosen], covs[chosen], weights[chosen], self.sd)
+
+        self.all = mixture(slice(None))
+        self.g = mixture(~self.is_f)
+        self.f = mixture(self.is_f)
+
+        # A sum over a lattice of step h integrates a Gaussian of width 1 with an error of only
+        # 2 exp(-2 pi^2 / h^2). Our integrals also have ln p in them, which is less smooth and needs
+        # a finer lattice: hence 0.25.
+        step = 0.25
+        reach = means.abs().max() + 6  # six standard deviations: nothing is left outside
+        axis = torch.arange(-reach, reach, step, dtype=torch.float64)
+        lattice = torch.cartesian_prod(axis, axis)
+        self.x = lattice[self.all.log_prob(lattice).exp() > 1e-9]
+        self.cell_area = step**2
+        self.mass_g = self.g.log_prob(self.x).exp() * self.cell_area
+        self.mass_f = self.f.log_prob(self.x).exp() * self.cell_area
 
     def cross_entropy(self, log_p):
-        """Exact E_g[-ln p] and E_f[-ln p] in nats from ln p on the lattice."""
-        return -(self.p_g * log_p).sum().item(), -(self.p_f * log_p).sum().item()
+        """Return the means E_g[-ln p] over D_g and E_f[-ln p] over D_f, in nats.
+
+        log_p  (N,) the log-density of a model on the lattice x
+        """
+        nats_g = -(self.mass_g * log_p).sum().item()
+        nats_f = -(self.mass_f * log_p).sum().item()
+        return nats_g, nats_f
 
     def share_at_forgotten(self, x):
-        """Share of samples (n, 2) whose nearest component is a forgotten one, in percent."""
-        return 100 * self.is_f[torch.cdist(x.double(), self.all.means).argmin(1)].double().mean().item()
+        """Return the share of samples x (n, 2) that lie nearest to a forgotten mean, in percent."""
+        nearest = torch.cdist(x.double(), self.all.means).argmin(1)
+        return 100 * self.is_f[nearest].double().mean().item()
+
+
+# ---- the optima: which z_hat minimises alpha L_g + (1 - alpha) L_f -------------------------------
+#
+# On data of D_g all methods have the same loss, L_g = |z_hat - z|^2. On data of D_f they have
+#
+#     Obt      L_f = z_hat . z                  Obt-rel  L_f = z_hat . (z - z_base)
+#     Ort      L_f = |z_hat o z|^2              ascent   L_f = -|z_hat - z|^2
+#     Ort with the inner product  L_f = (z_hat . z)^2
+#
+# where o multiplies number by number, and . and |...|^2 are sums over the two coordinates. (The
+# losses of common.py are half of these, which changes no optimum.)
+#
+# Look at one x_hat. Points of D_g come there with the density p_g, points of D_f with p_f. So L_f
+# counts r = (1 - alpha) p_f / (alpha p_g) times as much as L_g. Let z_g, z_f and z_base be the
+# means of z, given x_hat, under D_g, under D_f and under all data. Set the derivative by z_hat to
+# zero, and what is left is one equation for z_hat. Each function solves one of these:
+# x_hat (B, 2), sigma (B,) -> z_hat (B, 2).
+
+
+def log_ratio(toy, x_hat, sigma):
+    """Return ln p_f/p_g for the densities of the noised data at x_hat: (B,)."""
+    return toy.f.log_prob(x_hat, sigma) - toy.g.log_prob(x_hat, sigma)
+
+
+def forget_pull(toy, alpha, x_hat, sigma):
+    """Return r = (1 - alpha) p_f / (alpha p_g), how hard L_f pulls compared with L_g: (B, 1)."""
+    log_r = log_ratio(toy, x_hat, sigma) + math.log((1 - alpha) / alpha)
+    # r has no bound where there is no D_g. e^60 is as good as infinite, and does not overflow.
+    return log_r.clamp(max=60).exp()[:, None]
+
+
+def obt_optimum(toy, alpha, x_hat, sigma):
+    """Obt: solve 2 (z_hat - z_g) + r z_f = 0.
+
+    Where there is no D_g, r is huge and z_hat runs away.
+    """
+    z_g = toy.g.z_hat(x_hat, sigma)
+    z_f = toy.f.z_hat(x_hat, sigma)
+    return z_g - 0.5 * forget_pull(toy, alpha, x_hat, sigma) * z_f
+
+
+def obt_released_optimum(toy, alpha, x_hat, sigma):
+    """Obt with the sign that L_f has in the released code: solve 2 (z_hat - z_g) - r z_f = 0."""
+    z_g = toy.g.z_hat(x_hat, sigma)
+    z_f = toy.f.z_hat(x_hat, sigma)
+    return z_g + 0.5 * forget_pull(toy, alpha, x_hat, sigma) * z_f
+
+
+def obt_rel_optimum(toy, alpha, x_hat, sigma):
+    """Obt-rel: solve 2 (z_hat - z_g) + r (z_f - z_base) = 0.
+
+    All data are a mixture, so z_base = (pi_g p_g z_g + pi_f p_f z_f)/p, and
+    z_f - z_base = (pi_g p_g/p) (z_f - z_g). Put that in: its p_g cancels the p_g that r divides by.
+    With p(D_f | x_hat) = pi_f p_f/p, the probability that x_hat comes from D_f, what is left is
+
+        z_hat = z_g + kappa p(D_f | x_hat) (z_g - z_f),   kappa = (1 - alpha) pi_g / (2 alpha pi_f)
+
+    A probability is at most 1, so this cannot run away.
+    """
+    z_g = toy.g.z_hat(x_hat, sigma)
+    z_f = toy.f.z_hat(x_hat, sigma)
+    pi_g = 1 - toy.pi_f
+    kappa = (1 - alpha) * pi_g / (2 * alpha * toy.pi_f)
+    # Bayes: the log-odds of D_f are ln p_f/p_g + ln pi_f/pi_g. sigmoid makes a probability of them.
+    log_odds = log_ratio(toy, x_hat, sigma) + math.log(toy.pi_f / pi_g)
+    posterior_f = torch.sigmoid(log_odds)[:, None]
+    return z_g + kappa * posterior_f * (z_g - z_f)
+
+
+def ort_optimum(toy, alpha, x_hat, sigma):
+    """Ort: solve 2 (z_hat - z_g) + 2 r E_f[z o z] o z_hat = 0, each coordinate by itself."""
+    z_g = toy.g.z_hat(x_hat, sigma)
+    r = forget_pull(toy, alpha, x_hat, sigma)
+    # E_f[z o z] is the diagonal of the matrix E_f[z z']: (B, 2, 2) -> (B, 2).
+    moment = toy.f.second_moment(x_hat, sigma).diagonal(dim1=1, dim2=2)
+    return z_g / (1 + r * moment)
+
+
+def ort_inner_optimum(toy, alpha, x_hat, sigma):
+    """Ort with the inner product: solve (I + r E_f[z z']) z_hat = z_g, a matrix for each x_hat."""
+    z_g = toy.g.z_hat(x_hat, sigma)
+    r = forget_pull(toy, alpha, x_hat, sigma)[..., None]  # (B, 1) -> (B, 1, 1)
+    moment = toy.f.second_moment(x_hat, sigma)  # (B, 2, 2)
+    return torch.linalg.solve(torch.eye(2, dtype=moment.dtype) + r * moment, z_g)
+
+
+def ascent_optimum(toy, weight, x_hat, sigma):
+    """Gradient ascent: solve p_g (z_hat - z_g) - w p_f (z_hat - z_f) = 0, w the `weight`.
+
+    w is (1 - alpha)/alpha. The solution is the score of (p_g - w p_f)/(1 - w), as long as that is a
+    density, which means that it is nowhere below 0.
+    """
+    z_g = toy.g.z_hat(x_hat, sigma)
+    z_f = toy.f.z_hat(x_hat, sigma)
+    pull = weight * log_ratio(toy, x_hat, sigma).exp()[:, None]  # w p_f/p_g, (B, 1)
+    return (z_g - pull * z_f) / (1 - pull)
+
+
+OPTIMA = {
+    "obt": obt_optimum,
+    "obt-released": obt_released_optimum,
+    "obt-rel": obt_rel_optimum,
+    "ort": ort_optimum,
+    "ort-inner": ort_inner_optimum,
+    "ascent": ascent_optimum,
+}
 
 
 def optimum(toy, method, alpha=None):
-    """The exact minimiser of alpha L_g + (1-alpha) L_f at every x_t and t, as a network.  For ascent alpha is the weight w.
+    """Return the network that minimises alpha L_g + (1 - alpha) L_f exactly, at every noise level.
 
-    L_g pulls with the density p_g of D_g at x_t, L_f with p_f, so only r = (1-alpha) p_f / (alpha p_g) matters.  Set the derivative
-    by z_hat to zero, with z_g, z_f, z_base the posterior means of z under D_g, D_f and everything:
-        Obt       2 (z_hat - z_g) + r z_f = 0.             r is astronomical where D_g has no mass: z_hat runs away
-        Obt-rel   2 (z_hat - z_g) + r (z_f - z_base) = 0.  But z_base = (pi_g p_g z_g + pi_f p_f z_f)/p, so z_f - z_base =
-                  (pi_g p_g/p)(z_f - z_g), the p_g cancels against r's, and what is left is bounded:
-                  z_hat = z_g + kappa p(D_f|x_t) (z_g - z_f),   kappa = (1-alpha) pi_g / (2 alpha pi_f),   0 <= p(D_f|x_t) <= 1
-        Ort       2 (z_hat - z_g) + 2 r E_f[z o z] o z_hat = 0 elementwise;  with the matrix E_f[z z'] for the inner product
-        ascent    p_g (z_hat - z_g) - w p_f (z_hat - z_f) = 0: the score of (p_g - w p_f)/(1 - w) while that is a density
+    method  "standard", "unseen" (both without alpha) or a key of OPTIMA
+    alpha   the weight of L_g; for "ascent" the weight w
     """
-
-    def z_hat(x_hat, sigma):
-        z_g, z_f = toy.g.z_hat(x_hat, sigma), toy.f.z_hat(x_hat, sigma)
-        log_ratio = toy.f.log_prob(x_hat, sigma) - toy.g.log_prob(x_hat, sigma)
-        if method == "ascent":
-            w = alpha * log_ratio.exp()[:, None]
-            return (z_g - w * z_f) / (1 - w)
-        r = (log_ratio + math.log((1 - alpha) / alpha)).clamp(max=60).exp()[:, None]
-        if method in ("obt", "obt-released"):
-            return z_g - 0.5 * r * (z_f if method == "obt" else -z_f)  # the released code has the sign wrong
-        if method == "obt-rel":
-            kappa = (1 - alpha) * (1 - toy.pi_f) / (2 * alpha * toy.pi_f)
-            p_f = torch.sigmoid(log_ratio + math.log(toy.pi_f / (1 - toy.pi_f)))[:, None]
-            return z_g + kappa * p_f * (z_g - z_f)
-        zz = toy.f.zz(x_hat, sigma)
-        if method == "ort":
-            return z_g / (1 + r * zz.diagonal(dim1=1, dim2=2))
-        return torch.linalg.solve(torch.eye(2, dtype=zz.dtype) + r[..., None] * zz, z_g)  # ort-inner
-
-    return {"standard": toy.all, "unseen": toy.g}.get(method) or c.ExactNet(z_hat, toy.sd)
+    if method == "standard":
+        return toy.all
+    if method == "unseen":
+        return toy.g
+    return common.ExactNet(partial(OPTIMA[method], toy, alpha), toy.sd)
 
 
-# ---- learned scores ----------------------------------------------------------------------------------
+# ---- learned scores ------------------------------------------------------------------------------
+
+
 class MLP(nn.Module):
-    """F(y, phi) for points: (B, 2), (B,) -> (B, 2).  The noise level enters as sines of ln(sigma/sd), as in the U-Net."""
+    """A small network for points, F(y, phi): (B, 2), (B,) -> (B, 2).
+
+    y is x_hat scaled to variance 1, and phi is the noise level as an angle, tan(phi) = sigma/sd.
+    From F follows z_hat: see "The circle" in common.py. The noise level enters as sines and cosines
+    of ln(sigma/sd) at several frequencies, as in the U-Net.
+    """
 
     def __init__(self, sd, width=128):
         super().__init__()
         self.sd = sd
-        self.register_buffer("freq", torch.exp(torch.linspace(math.log(0.25), math.log(4.0), 8)))
-        sizes = [2 + 16, width, width, width]
-        hidden = [m for a, b in zip(sizes[:-1], sizes[1:]) for m in (nn.Linear(a, b), nn.SiLU())]
-        self.net = nn.Sequential(*hidden, nn.Linear(width, 2))
+        freq = torch.exp(torch.linspace(math.log(0.25), math.log(4.0), 8))
+        self.register_buffer("freq", freq)
+        self.net = nn.Sequential(
+            nn.Linear(2 + 16, width),  # two coordinates, 8 sines and 8 cosines
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, 2),
+        )
 
     def forward(self, y, phi):
-        angle = torch.log(torch.tan(phi))[:, None] * self.freq
+        """Compute F at the points y (B, 2) with the noise levels phi (B,)."""
+        angle = torch.log(torch.tan(phi))[:, None] * self.freq  # ln tan(phi) = ln(sigma/sd), (B, 8)
         return self.net(torch.cat([y, angle.sin(), angle.cos()], 1))
 
 
+def forget_loss(net, base, sde, method, x_f, t):
+    """Return L_f of a method at points x_f (B, 2) of D_f and times t (B,): (B,)."""
+    if method == "ort":
+        return common.ort_loss(net, sde, x_f, t)
+    if method == "obt":
+        # No floor: the exact optimum has none. In two dimensions the loss of a point is mostly
+        # chance, and a floor would cut that off.
+        return common.obt_loss(net, sde, x_f, t, floor=None)
+    return common.obt_rel_loss(net, base, sde, x_f, t)
+
+
 def train(toy, method, alpha, steps, base=None, batch=1024):
-    """The learned counterpart of `optimum`: the losses of common.py, no floor.  Unlearning starts from the Standard model `base`."""
-    sde, net, lr = c.VP(), MLP(toy.sd), 4e-3 if base else 1e-2
-    net.load_state_dict((base or net).state_dict())
-    optimizers, ema, skipped = [torch.optim.Adam(net.parameters(), lr, fused=True)], c.EMA(net, 0.995), 0
-    keep = toy.g if method != "standard" else toy.all
+    """Train a network towards `optimum`, and return the average of its weights as a network.
+
+    base   None: start with random weights and use L_g alone, on all data for "standard", on D_g for
+           any other method. Otherwise the Standard model: start there and unlearn
+    batch  points in a step, of D_g and of D_f each
+    """
+    sde = common.VP()
+    net = MLP(toy.sd)
+    lr = 1e-2
+    if base is not None:
+        net.load_state_dict(base.state_dict())
+        lr = 4e-3  # gentler: most of what the base knows is to stay
+    optimizers = [torch.optim.Adam(net.parameters(), lr, fused=True)]
+    ema = common.EMA(net, 0.995)
+    num_skipped = 0  # steps in a row whose gradient was not finite
+    kept = toy.all if method == "standard" else toy.g  # what L_g sees
+
     for step in range(steps):
-        c.set_lr(optimizers, step, steps, warmup=50)
-        x_g, t = keep.sample(batch).float(), c.lognormal_t(batch, sde, 0.0, 1.2, uniform=0.1)
+        common.set_lr(optimizers, step, steps, warmup=50)
+        x_g = kept.sample(batch).float()  # exact networks compute in float64, learned ones do not
+        # Nine of ten have ln sigma ~ N(0, 1.2^2), where the three Gaussians merge. The others keep
+        # both ends of the range alive.
+        t = common.lognormal_t(batch, sde, 0.0, 1.2, uniform=0.1)
         if base is None:
-            loss = c.dsm_loss(net, sde, x_g, t, weight="v").mean()
+            # "v" weighs all noise levels alike: training from random weights is far quicker so.
+            loss = common.dsm_loss(net, sde, x_g, t, weight="v").mean()
         else:
+            # Both losses get the same t and no weight by noise level: `optimum` assumes that.
             x_f = toy.f.sample(batch).float()
-            loss_f = {"ort": c.ort_loss, "obt": lambda *a: c.obt_loss(*a, floor=None), "obt-rel": lambda n, *a: c.obt_rel_loss(n, base, *a)}
-            loss = alpha * c.dsm_loss(net, sde, x_g, t).mean() + (1 - alpha) * loss_f[method](net, sde, x_f, t).mean()
+            loss_g = common.dsm_loss(net, sde, x_g, t).mean()
+            loss_f = forget_loss(net, base, sde, method, x_f, t).mean()
+            loss = alpha * loss_g + (1 - alpha) * loss_f
         loss.backward()
-        skipped = c.guarded_step(net, optimizers, skipped)
+        num_skipped = common.guarded_step(net, optimizers, num_skipped)
         ema.update(net)
     return ema.net
 
 
 def log_prob(net, x, steps=20):
-    """ln p(x) of the model, by the same ODE as for images, with the exact trace."""
-    return torch.cat([c.ode_log_likelihood(net, c.VP(), part, c.basis_probes(part), steps) for part in x.split(20000)])
+    """Return ln p(x) of a network at points x (N, 2): (N,), by the same ODE as for images.
+
+    steps  of the solver
+    """
+    parts = []
+    for part in x.split(20000):  # not all at once: this bounds the memory
+        # The ODE needs the trace of dF/dy. For images random probes estimate it. In two dimensions
+        # two products with the unit vectors give it exactly.
+        probes = common.basis_probes(part)
+        parts.append(common.ode_log_likelihood(net, common.VP(), part, probes, steps))
+    return torch.cat(parts)
 
 
 def samples(net, n, dtype, seed=0):
-    """n samples by the probability-flow ODE (Heun, 30 steps)."""
-    noise = torch.randn(n, 2, generator=c.rng(seed), dtype=dtype)
-    return c.ode_sample(net, noise, c.karras_sigmas(31, c.VP().sigma_max()).to(dtype))
+    """Draw n samples (n, 2) by the probability-flow ODE (Heun, 30 steps).
+
+    dtype  float64 for an exact network, float32 for a learned one
+    """
+    noise = torch.randn(n, 2, generator=common.rng(seed), dtype=dtype)
+    sigmas = common.karras_sigmas(31, common.VP().sigma_max()).to(dtype)
+    return common.ode_sample(net, noise, sigmas)
 
 
-def exact_row(toy, method, alpha, n, rk4):
-    """-> (D_g, D_f in nats, share at the forgotten mode in percent, max |x|) of the exact optimum."""
-    net = optimum(toy, method, alpha)
-    x = samples(net, n, torch.float64)
-    return *toy.cross_entropy(log_prob(net, toy.x, rk4)), toy.share_at_forgotten(x), x.abs().max().item()
+# ---- what no density can do ----------------------------------------------------------------------
+
+
+class Frontier(NamedTuple):
+    """The bound E_f[-ln p] <= (E_g[-ln p] - const)/eta, which holds for EVERY density p, in nats.
+
+    `frontier` derives it. Unlearning wants E_f, the D_f of the table, high and E_g, its D_g, low.
+    """
+
+    eta: float  # smallest p_g/p_f anywhere; 0 if D_f has room to itself, and then there is no bound
+    const: float  # nats
+
+    def exists(self):
+        """Return whether D_f overlaps with D_g enough for the bound to say anything."""
+        return self.eta > 1e-3
+
+    def highest_f(self, value_g):
+        """Return the highest D_f that a density with this D_g can have, in the poster's unit."""
+        nats_g = (value_g - 8) * NATS_PER_BIT  # undoes `unit`
+        return unit((nats_g - self.const) / self.eta)
+
+    def lowest_g(self, value_f):
+        """Return the lowest D_g that a density with this D_f can have, in the poster's unit."""
+        return unit(self.const + self.eta * (value_f - 8) * NATS_PER_BIT)
 
 
 def frontier(toy):
-    """What ANY density p can do on this mixture -> (eta, C), both sides in nats: E_f[-ln p] <= (E_g[-ln p] - C)/eta.
+    """Find out what ANY density p can do on this mixture: a Frontier.
 
-    With eta = min p_g/p_f, u = p_g - eta p_f is nowhere negative and has mass 1 - eta.  Gibbs: the density that makes E_u[-ln p]
-    least is u/(1-eta) itself, so E_g[-ln p] - eta E_f[-ln p] = INT u (-ln p) >= C = -INT u ln(u/(1-eta)).  Pushing D_f out costs
-    D_g, because D_g lives there too, if only in its tails.  Reached by ascent with w = eta.
+    Let eta be the smallest p_g/p_f. Then u = p_g - eta p_f is nowhere negative, and its integral is
+    1 - eta. By Gibbs' inequality no density p makes INT u (-ln p) smaller than p = u/(1 - eta), so
+
+        E_g[-ln p] - eta E_f[-ln p] = INT u (-ln p) >= const = -INT u ln(u/(1 - eta)).
+
+    Pushing D_f out costs D_g, because D_g lives there too, if only in its tails. Ascent with
+    w = eta reaches the bound: p = u/(1 - eta) is its optimum.
     """
-    ratio = toy.g.log_prob(toy.x) - toy.f.log_prob(toy.x)
-    eta = ratio.min().exp().item()
-    u = (toy.p_g - eta * toy.p_f).clamp(min=1e-300)
-    return eta, -(u * (u / (1 - eta) / toy.h**2).log()).sum().item()
+    log_g_over_f = toy.g.log_prob(toy.x) - toy.f.log_prob(toy.x)
+    eta = log_g_over_f.min().exp().item()
+    # The integral of u over the cell of each point. It is 0 where p_g/p_f is smallest. There
+    # 0 ln 0 would be nan in a computer and not 0, so keep it above 0.
+    mass = (toy.mass_g - eta * toy.mass_f).clamp(min=1e-300)
+    density = mass / (1 - eta) / toy.cell_area  # u/(1 - eta) at each point
+    return Frontier(eta, -(mass * density.log()).sum().item())
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+
+class ExactResult(NamedTuple):
+    """What the exact optimum of a method does."""
+
+    nats_g: float  # E_g[-ln p]
+    nats_f: float  # E_f[-ln p]
+    share: float  # samples at the forgotten components, in percent
+    max_abs: float  # the largest coordinate of a sample, without its sign
+
+
+@dataclass
+class Row:
+    """One row of the table.
+
+    _g and _f are the means of -ln p over D_g and over D_f, in the poster's unit. ur, the unlearning
+    ratio, is the share of samples at the forgotten components, in percent.
+    """
+
+    method: str
+    alpha: float | None  # weight of L_g; for ascent the weight w
+
+    # The exact optimum.
+    exact_g: float
+    exact_f: float
+    ur_exact: float
+
+    # The learned network. None where none was trained.
+    learned_g: float | None = None
+    learned_f: float | None = None
+    ur_learned: float | None = None
+    max_abs: float | None = None  # the largest coordinate of a sample, without its sign
+    field_error: float | None = None  # root mean square of learned minus exact z_hat
+
+    # The poster. None where it has no such row.
+    poster_g: float | None = None
+    poster_f: float | None = None
+
+
+def exact_result(toy, method, alpha, args):
+    """Measure the exact optimum of a method: an ExactResult."""
+    net = optimum(toy, method, alpha)
+    x = samples(net, args.n // 2, torch.float64)
+    nats_g, nats_f = toy.cross_entropy(log_prob(net, toy.x, args.rk4))
+    return ExactResult(nats_g, nats_f, toy.share_at_forgotten(x), x.abs().max().item())
+
+
+def exact_curves(toy, known, args):
+    """Measure the exact optima for all args.alphas: {method: list of ExactResult}.
+
+    known  {(method, alpha): ExactResult}, those that the table has already; each takes seconds
+    """
+    curves = {}
+    for method in ("obt", "obt-rel", "ort"):
+        curves[method] = []
+        for alpha in args.alphas:
+            result = known.get((method, alpha)) or exact_result(toy, method, alpha, args)
+            curves[method].append(result)
+    return curves
 
 
 def table_row(toy, method, alpha, exact, nets, args):
-    """One row of the table: the exact optimum, then, except for ascent, a network trained with the loss and added to nets."""
-    row = dict(method=method, alpha=alpha, exact_g=unit(exact[0]), exact_f=unit(exact[1]), ur_exact=exact[2])
-    row.update(dict.fromkeys(("learned_g", "learned_f", "ur_learned", "max_abs", "field_error")))
-    row.update(zip(("poster_g", "poster_f"), POSTER.get(method, (None, None))))
-    if method == "ascent":
-        return row
-    fresh = method in ("standard", "unseen")
-    nets[method] = net = train(toy, method, alpha, args.steps if fresh else max(1, args.steps // 3), None if fresh else nets["standard"])
-    n = args.n if fresh else args.n // 4  # 5,000 points give a mean to 0.01; the two that have nothing to unlearn are held to more
-    x, test_g, test_f = samples(net, args.n // 2, torch.float32, args.seed), *(m.sample(n, c.rng(args.seed, 1)).float() for m in (toy.g, toy.f))
-    row["learned_g"], row["learned_f"] = (unit(-log_prob(net, t, 9 if fresh else 12).mean().item()) for t in (test_g, test_f))
-    row["ur_learned"], row["max_abs"] = toy.share_at_forgotten(x), x.abs().max().item()
-    # Distance of the learned from the exact z_hat where there is data to keep, over all noise levels; z itself has size 1.
-    sigma = c.VP().sigma(c.uniform_t(n, c.VP()))
-    x_hat = test_g + sigma[:, None] * torch.randn(n, 2, generator=c.rng(args.seed, 2))
-    exact = optimum(toy, method, alpha).z_hat(x_hat.double(), sigma.double())
-    row["field_error"] = (c.predict(net, x_hat, sigma)[1] - exact).square().mean().sqrt().item()
+    """Make a row of the table: of the exact optimum, and of a network that is trained here.
+
+    exact  ExactResult of the method
+    nets   {method: network}, to which the trained network is added
+
+    Ascent gets no network: its row is there to show that the frontier can be reached.
+    """
+    row = Row(method, alpha, unit(exact.nats_g), unit(exact.nats_f), exact.share)
+    if method in POSTER:
+        row.poster_g, row.poster_f = POSTER[method]
+    if method != "ascent":
+        nets[method] = train_method(method, toy, alpha, nets, args)
+        measure_learned(row, toy, nets[method], args)
     return row
 
 
-# ---- pictures ----------------------------------------------------------------------------------------
+def train_method(method, toy, alpha, nets, args):
+    """Train the network of a method; one that unlearns starts from Standard, with fewer steps."""
+    if method in ("standard", "unseen"):
+        return train(toy, method, alpha, args.steps)
+    return train(toy, method, alpha, max(1, args.steps // 3), nets["standard"])
+
+
+def measure_learned(row, toy, net, args):
+    """Fill in the columns of a row that are about the learned network."""
+    # 5,000 points give a mean to 0.01. Standard and Unseen unlearn nothing, so their numbers have
+    # to be right: they get all 20,000.
+    n = args.n // 4
+    rk4 = 12  # steps of the solver
+    if row.method in ("standard", "unseen"):
+        n = args.n
+        rk4 = 9  # fewer, because there are four times as many points
+    x = samples(net, args.n // 2, torch.float32, args.seed)
+    test_g = toy.g.sample(n, common.rng(args.seed, 1)).float()
+    test_f = toy.f.sample(n, common.rng(args.seed, 1)).float()
+
+    row.learned_g = unit(-log_prob(net, test_g, rk4).mean().item())
+    row.learned_f = unit(-log_prob(net, test_f, rk4).mean().item())
+    row.ur_learned = toy.share_at_forgotten(x)
+    row.max_abs = x.abs().max().item()
+
+    # How far the learned z_hat is from the exact one, on noised data of D_g at all noise levels.
+    # For comparison: a coordinate of z has the standard deviation 1.
+    sde = common.VP()
+    sigma = sde.sigma(common.uniform_t(n, sde))
+    z = torch.randn(n, 2, generator=common.rng(args.seed, 2))
+    x_hat = test_g + sigma[:, None] * z
+    z_exact = optimum(toy, row.method, row.alpha).z_hat(x_hat.double(), sigma.double())
+    _, z_learned = common.predict(net, x_hat, sigma)
+    row.field_error = (z_learned - z_exact).square().mean().sqrt().item()
+
+
+def plan(bound):
+    """Return which rows the table has: a list of (method, alpha)."""
+    rows = [
+        ("standard", None),
+        ("unseen", None),
+        ("ort", 0.9),
+        ("obt", 0.9),
+        ("obt-rel", 0.7),
+        ("obt-rel", 0.65),
+    ]
+    if bound.exists():
+        # Ascent with the largest weight w that has an optimum, rounded down. When w is above eta,
+        # p_g - w p_f is below 0 somewhere, hence no density.
+        rows.append(("ascent", math.floor(bound.eta * 1000) / 1000))
+    return rows
+
+
+def format_cell(value):
+    """Write one number of the table 7 characters wide; blanks if it is None."""
+    if value is None:
+        return " " * 7
+    if value < 1000:
+        return f"{value:7.2f}"
+    return f"{value:7.0e}"
+
+
+def print_row(row):
+    """Print one row of the table, method and alpha first."""
+    method, alpha, *numbers = asdict(row).values()  # in the order of the fields of Row
+    alpha_text = "" if alpha is None else f"{alpha:g}"
+    cells = "".join(format_cell(number) for number in numbers)
+    print(f"{method:9}{alpha_text:>6}{cells}", flush=True)
+
+
+def print_curves(curves, alphas):
+    """Print how the samples of Obt and Obt-rel change as L_f gains weight."""
+    print("\nalpha        " + "".join(f"{alpha:10g}" for alpha in alphas))
+    for method in ("obt", "obt-rel"):
+        shares = "".join(f"{result.share:9.1f}%" for result in curves[method])
+        largest = "".join(f"{result.max_abs:10.1f}" for result in curves[method])
+        print(f"{method:8}share{shares}")
+        print(f"{'':7}max|x|{largest}")
+
+
+def print_limits(bound, limits):
+    """Print what the frontier means for the poster's pair of numbers."""
+    print(
+        f"\nfrontier: eta = {bound.eta:.5f}.  "
+        f"D_g = 10.64 allows D_f at most {limits['df_max_at_10.64']:.2f}; "
+        f"D_f = 39.01 needs D_g at least {limits['dg_min_at_39.01']:.2f}."
+    )
+    print(
+        "On the paper's mixture no density has the poster's pair 10.64 / 39.01.  "
+        "A finite test set, another covariance, or the error\n"
+        "of a likelihood solver (39.01 is 43 nats, far outside where the network was trained) "
+        "could each explain it."
+    )
+
+
+# ---- pictures ------------------------------------------------------------------------------------
+
+
 def draw_panels(path, toy, nets):
-    """The poster's four panels: density, samples and score arrows at sigma = 0.5 of three models; their difference in the fourth."""
-    plt = c.pyplot()
-    fig, axes = plt.subplots(1, 4, figsize=(15, 3.9))
+    """Draw four panels as the poster has them: three models, and what unlearning has changed.
+
+    nets  {name: network} of three models, "standard" and "obt-rel" among them
+
+    A panel of a model shows its density, some samples, and its score as arrows. The fourth panel
+    shows the score of Obt-rel minus that of Standard, over the density of Obt-rel.
+    """
     reach = toy.all.means.abs().max().item() + 3
-    axis, arrows = torch.linspace(-reach, reach, 60), torch.cartesian_prod(*[torch.linspace(-reach, reach, 15)] * 2)
-    score = {k: -c.predict(net, arrows, torch.full((225,), 0.5))[1].detach() / 0.5 for k, net in nets.items()}
-    score["obt-rel minus standard"] = score["obt-rel"] - score["standard"]
-    for ax, name in zip(axes, score):
-        net = nets.get(name, nets["obt-rel"])
-        density = log_prob(net, torch.cartesian_prod(axis, axis), 8).exp().reshape(60, 60).T
+    axis = torch.linspace(-reach, reach, 60)
+    pixels = torch.cartesian_prod(axis, axis)  # (3600, 2)
+    arrow_axis = torch.linspace(-reach, reach, 15)
+    arrows = torch.cartesian_prod(arrow_axis, arrow_axis)  # (225, 2)
+
+    noise_level = 0.5  # of all arrows; a network has one score for each level
+    sigma = torch.full((len(arrows),), noise_level)
+    scores = {}
+    for name, net in nets.items():
+        _, z_hat = common.predict(net, arrows, sigma)
+        scores[name] = -z_hat.detach() / noise_level  # score = -z_hat/sigma
+    scores["obt-rel minus standard"] = scores["obt-rel"] - scores["standard"]
+
+    plt = common.pyplot()
+    fig, axes = plt.subplots(1, 4, figsize=(15, 3.9))
+    for ax, name in zip(axes, scores):
+        net = nets.get(name, nets["obt-rel"])  # the fourth panel has no network of its own
+        # The second coordinate runs fastest: (3600,) -> (60 of x, 60 of y). contourf wants y along
+        # the rows: hence .T
+        density = log_prob(net, pixels, 8).exp().reshape(60, 60).T
         ax.contourf(axis, axis, density, levels=12, cmap="Blues")
         if name in nets:
-            ax.plot(*samples(net, 400, torch.float32).T, ".", ms=2, color="k", alpha=0.5)
-        ax.quiver(*arrows.T, *score[name].T, color="#c03020", width=0.004)
+            drawn = samples(net, 400, torch.float32)
+            ax.plot(*drawn.T, ".", ms=2, color="k", alpha=0.5)
+        ax.quiver(*arrows.T, *scores[name].T, color="#c03020", width=0.004)
         ax.plot(*toy.f.means.T, "x", color="orange", ms=9, mew=2.5)
         ax.set(title=name, xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
-    fig.tight_layout(), fig.savefig(path, dpi=80), plt.close(fig)
+    fig.tight_layout()
+    fig.savefig(path, dpi=80)
+    plt.close(fig)
 
 
 def draw_frontier(path, curves, rows, bound):
-    """Left: D_f against D_g with the frontier, the exact curves over alpha, learned points, the poster.  Right: share against D_g."""
-    plt = c.pyplot()
+    """Draw D_f (left) and the share of samples at D_f (right) against D_g.
+
+    curves  {method: list of ExactResult}, one for each alpha
+    rows    list of Row: their learned points, or the exact one where nothing was learned
+    bound   Frontier, grey on the left where it exists
+    """
+    plt = common.pyplot()
     fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4))
-    g = torch.linspace(10.5, 11.2, 50)
-    if bound:
-        left.fill_between(g, [bound(v.item()) for v in g], 45, color="0.88", label="no density can be here")
-    for k, (method, points) in enumerate(curves.items()):
-        p = torch.tensor(points)
-        left.plot(unit(p[:, 0]), unit(p[:, 1]), ".-", color=f"C{k}", label=f"{method}, exact")
-        right.plot(unit(p[:, 0]), p[:, 2], ".-", color=f"C{k}", label=f"{method}, exact")
-    for r in rows:
-        key = "exact" if r["learned_g"] is None else "learned"
-        for ax, y in ((left, r[key + "_f"]), (right, r["ur_" + key])):
-            ax.plot(r[key + "_g"], y, "ks" if key == "learned" else "k^", ms=4)
-        right.annotate(" " + r["method"], (r[key + "_g"], r["ur_" + key]), fontsize=8)
-    left.plot(*POSTER["obt"], "*", color="crimson", ms=12, label="poster, MSGM"), left.plot([], [], "ks", ms=4, label="learned")
-    left.set(xlabel="bits/dim + 8 of D_g (low: kept)", ylabel="bits/dim + 8 of D_f (high: unlikely)", xlim=(10.5, 11.2), ylim=(10.5, 41))
-    right.set(xlabel=left.get_xlabel(), ylabel="samples at the forgotten mode, %", xlim=(10.5, 11.2), ylim=(0, 25))
-    left.legend(fontsize=8), right.legend(fontsize=8)
-    fig.tight_layout(), fig.savefig(path, dpi=80), plt.close(fig)
+
+    if bound.exists():
+        values_g = torch.linspace(10.5, 11.2, 50)
+        values_f = [bound.highest_f(value.item()) for value in values_g]
+        # Grey from the bound up to 45, which is above the top of the picture.
+        left.fill_between(values_g, values_f, 45, color="0.88", label="no density can be here")
+
+    for k, (method, results) in enumerate(curves.items()):
+        table = torch.tensor(results)  # (number of alphas, 4), columns as in ExactResult
+        values_g = unit(table[:, 0])
+        style = {"color": f"C{k}", "label": f"{method}, exact"}  # C0, C1, ...: colours by number
+        left.plot(values_g, unit(table[:, 1]), ".-", **style)
+        right.plot(values_g, table[:, 2], ".-", **style)
+
+    for row in rows:
+        if row.learned_g is None:
+            marker = "k^"
+            value_g = row.exact_g
+            value_f = row.exact_f
+            share = row.ur_exact
+        else:
+            marker = "ks"
+            value_g = row.learned_g
+            value_f = row.learned_f
+            share = row.ur_learned
+        left.plot(value_g, value_f, marker, ms=4)
+        right.plot(value_g, share, marker, ms=4)
+        right.annotate(f" {row.method}", (value_g, share), fontsize=8)
+
+    left.plot(POSTER_G, POSTER_F, "*", color="crimson", ms=12, label="poster, MSGM")
+    left.plot([], [], "ks", ms=4, label="learned")  # an empty line, for the legend alone
+    label_g = "bits/dim + 8 of D_g (low: kept)"
+    label_f = "bits/dim + 8 of D_f (high: unlikely)"
+    left.set(xlabel=label_g, ylabel=label_f, xlim=(10.5, 11.2), ylim=(10.5, 41))
+    label_share = "samples at the forgotten mode, %"
+    right.set(xlabel=label_g, ylabel=label_share, xlim=(10.5, 11.2), ylim=(0, 25))
+    left.legend(fontsize=8)
+    right.legend(fontsize=8)
+    fig.tight_layout()
+    fig.savefig(path, dpi=80)
+    plt.close(fig)
 
 
-# ---- the story ---------------------------------------------------------------------------------------
+# ---- the story -----------------------------------------------------------------------------------
+
+
 def arguments(argv):
-    p = c.Parser(description=__doc__, formatter_class=c.argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--means", type=float, nargs="+", default=[-2, -2, 0, 0, 2, 2], help="x y of each Gaussian")
-    p.add_argument("--weights", type=c.number(float, 0, open_low=True), nargs="+", default=[0.8, 0.4, 0.8], help="normalised to sum 1")
-    p.add_argument("--forget", type=c.number(int, 0), nargs="+", default=[1], help="which Gaussians to forget, from 0")
-    p.add_argument("--steps", type=c.number(int, 1), help="training steps of the Standard model")
-    p.add_argument("--n", type=c.number(int, 100), help="samples and test points a set")
-    p.add_argument("--seed", type=c.number(int, 0), default=0), p.add_argument("--out", default="out")
-    p.add_argument("--quick", action="store_true", help="the same path with few steps and samples")
-    args = p.parse_args(argv)
-    steps, n, args.rk4, args.alphas = (20, 500, 4, [0.9, 0.7]) if args.quick else (1500, 20000, 20, [0.95, 0.9, 0.8, 0.7, 0.5])
-    args.steps, args.n, k = args.steps or steps, args.n or n, len(args.weights)
-    if len(args.means) != 2 * k or max(args.forget) >= k or len(set(args.forget)) == k:
-        c.die(f"--means takes x y for each of the {k} --weights; --forget takes some of 0..{k - 1}, not all")
+    """Read the command line; exit with one line if the mixture makes no sense."""
+    parser = common.Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--means",
+        type=float,
+        nargs="+",
+        default=[-2, -2, 0, 0, 2, 2],
+        help="x y of each Gaussian",
+    )
+    parser.add_argument(
+        "--weights",
+        type=common.number(float, 0, open_low=True),
+        nargs="+",
+        default=[0.8, 0.4, 0.8],
+        help="normalised to sum 1",
+    )
+    parser.add_argument(
+        "--forget",
+        type=common.number(int, 0),
+        nargs="+",
+        default=[1],
+        help="which Gaussians to forget, from 0",
+    )
+    parser.add_argument(
+        "--steps", type=common.number(int, 1), help="training steps of the Standard model"
+    )
+    parser.add_argument("--n", type=common.number(int, 100), help="samples and test points a set")
+    parser.add_argument("--seed", type=common.number(int, 0), default=0)
+    parser.add_argument("--out", default="out")
+    parser.add_argument(
+        "--quick", action="store_true", help="the same path with few steps and samples"
+    )
+    args = parser.parse_args(argv)
+
+    # rk4: steps of the likelihood's solver. alphas: where the curves of the exact optima are taken.
+    full = {"steps": 1500, "n": 20000, "rk4": 20, "alphas": [0.95, 0.9, 0.8, 0.7, 0.5]}
+    quick = {"steps": 20, "n": 500, "rk4": 4, "alphas": [0.9, 0.7]}
+    chosen = quick if args.quick else full
+    args.rk4 = chosen["rk4"]
+    args.alphas = chosen["alphas"]
+    args.steps = args.steps or chosen["steps"]
+    args.n = args.n or chosen["n"]
+
+    num_components = len(args.weights)
+    has_all_means = len(args.means) == 2 * num_components
+    is_known = max(args.forget) < num_components
+    is_something_kept = len(set(args.forget)) < num_components
+    if not (has_all_means and is_known and is_something_kept):
+        common.exit_with_error(
+            f"--means takes x y for each of the {num_components} --weights; "
+            f"--forget takes some of 0..{num_components - 1}, not all"
+        )
     return args
 
 
+def make_toy(args):
+    """Make the mixture of the command line, where the means stand as x y x y ..."""
+    means = [args.means[i : i + 2] for i in range(0, len(args.means), 2)]
+    return Toy(means, args.weights, args.forget)
+
+
 def main(argv=None):
+    """Compare exact optima with learned networks, and both with what any density can do."""
     args = arguments(argv)
-    out, start = c.make_folder(Path(args.out) / "toy"), time.time()
+    out = common.make_folder(Path(args.out) / "toy")
+    start = time.time()
     torch.manual_seed(args.seed)
-    toy = Toy([args.means[i : i + 2] for i in range(0, len(args.means), 2)], args.weights, args.forget)
+    toy = make_toy(args)
 
-    # ---- what any density could reach, in the poster's unit; no bound where D_f has room to itself
-    eta, const = frontier(toy)
-    bound = (lambda d_g: unit(((d_g - 8) * 2 * math.log(2) - const) / eta)) if eta > 1e-3 else None
-    limits = {"df_max_at_10.64": bound and bound(10.64), "dg_min_at_39.01": bound and unit(const + eta * (39.01 - 8) * 2 * math.log(2))}
+    # ---- what any density could reach; no bound where D_f has room to itself
+    bound = frontier(toy)
+    limits = {"df_max_at_10.64": None, "dg_min_at_39.01": None}
+    if bound.exists():
+        limits["df_max_at_10.64"] = bound.highest_f(POSTER_G)
+        limits["dg_min_at_39.01"] = bound.lowest_g(POSTER_F)
 
-    # ---- the table; ascent at its largest legal weight, rounded down
-    plan = [("standard", None), ("unseen", None), ("ort", 0.9), ("obt", 0.9), ("obt-rel", 0.7), ("obt-rel", 0.65)]
-    plan += [("ascent", math.floor(eta * 1000) / 1000)] if bound else []
-    print("bits/dim + 8; share: % of samples at D_f     learned                              poster")
+    # ---- the table
+    print(f"bits/dim + 8; share: % of samples at D_f     learned{'poster':>36}")
     print("method    alpha    D_g    D_f  share    D_g    D_f  share max|x|  error    D_g    D_f")
-    exact, nets, rows = {}, {}, []
-    for method, alpha in plan:
-        exact[method, alpha] = exact_row(toy, method, alpha, args.n // 2, args.rk4)
-        rows.append(row := table_row(toy, method, alpha, exact[method, alpha], nets, args))
-        columns = ("exact_g", "exact_f", "ur_exact", "learned_g", "learned_f", "ur_learned", "max_abs", "field_error", "poster_g", "poster_f")
-        cells = [" " * 7 if row[k] is None else f"{row[k]:7.2f}" if row[k] < 1e3 else f"{row[k]:7.0e}" for k in columns]
-        print(f"{method:9}{'' if alpha is None else f'{alpha:g}':>6}", *cells, sep="", flush=True)
+    exact = {}  # (method, alpha) -> ExactResult
+    nets = {}  # method -> learned network; of the two runs of Obt-rel the later one
+    rows = []
+    for method, alpha in plan(bound):
+        exact[method, alpha] = exact_result(toy, method, alpha, args)
+        row = table_row(toy, method, alpha, exact[method, alpha], nets, args)
+        rows.append(row)
+        print_row(row)
 
-    # ---- where the exact optima go as L_f gains weight: Obt has no bottom, Obt-rel has
-    curves = {m: [exact.get((m, a)) or exact_row(toy, m, a, args.n // 2, args.rk4) for a in args.alphas] for m in ("obt", "obt-rel", "ort")}
-    print("\nalpha        " + "".join(f"{a:10g}" for a in args.alphas))
-    for m in ("obt", "obt-rel"):
-        print(f"{m:8}share" + "".join(f"{r[2]:9.1f}%" for r in curves[m]) + f"\n{'':7}max|x|" + "".join(f"{r[3]:10.1f}" for r in curves[m]))
-    if bound:
-        print(f"\nfrontier: eta = {eta:.5f}.  D_g = 10.64 allows D_f at most {limits['df_max_at_10.64']:.2f}; D_f = 39.01 needs D_g at least {limits['dg_min_at_39.01']:.2f}.")
-        print("On the paper's mixture no density has the poster's pair 10.64 / 39.01.  A finite test set, another covariance, or the error\n"
-              "of a likelihood solver (39.01 is 43 nats, far outside where the network was trained) could each explain it.")
-    (out / "table.json").write_text(json.dumps(dict(rows=rows, frontier=limits, curves=curves, args=vars(args)), indent=1))
-    draw_panels(out / "panels.png", toy, {k: nets[k] for k in ("standard", "unseen", "obt-rel")})
+    # ---- where the exact optima go as L_f gains weight: Obt's samples run away, Obt-rel's do not
+    curves = exact_curves(toy, exact, args)
+    print_curves(curves, args.alphas)
+    if bound.exists():
+        print_limits(bound, limits)
+
+    # ---- outputs
+    content = {
+        "rows": [asdict(row) for row in rows],
+        "frontier": limits,
+        "curves": curves,
+        "args": vars(args),
+    }
+    (out / "table.json").write_text(json.dumps(content, indent=1))
+    panels = {name: nets[name] for name in ("standard", "unseen", "obt-rel")}
+    draw_panels(out / "panels.png", toy, panels)
     draw_frontier(out / "frontier.png", curves, rows, bound)
-    print(f"{time.time() - start:.0f} s; wrote {out}/table.json, panels.png, frontier.png; next: python 02_train_sde.py --quick")
+    print(
+        f"{time.time() - start:.0f} s; wrote {out}/table.json, panels.png, frontier.png; "
+        "next: python 02_train_sde.py --quick"
+    )
 
 
 if __name__ == "__main__":
-    c.run(main)
-
-# Predict, then run:
-#   1. Unseen never saw the middle.  Why does it still put 8 % of its samples there, and what would 0 % cost?
-#   2. Ascent at its largest legal weight lies on the frontier: no density has a higher D_f at its D_g.  Does it draw fewer samples
-#      from the middle than Obt-rel?  Why can the likelihood of D_f and the share of samples at D_f disagree?
-#   3. Flip the sign in obt_loss, as the released code has it.  Is the middle's share now above or below Unseen's?
+    common.run(main)

@@ -1,248 +1,544 @@
-"""02  Train the Standard score model: the one that generates everything, and that 03 teaches to forget.
+"""02  Train the Standard score model: it draws everything, and 03 teaches it to forget.
 
-    python 02_train_sde.py --dataset mnist                 # about an hour on 2 CPU cores; data/mnist_base.pt is its result
-    python 02_train_sde.py --dataset mnist --resume        # go on after Ctrl-C or a crash, to the bit as if nothing had happened
-    python 02_train_sde.py --dataset mnist --quick         # seconds: does everything run?
-    python 02_train_sde.py --dataset mnist --without 3     # "Unseen": the same without the 3s; goes to out/mnist/forget-3/
-    python 02_train_sde.py --dataset mnist --measure       # FD and unsure share of the base that is there, beside real images
-    python 02_train_sde.py --dataset mnist --judge         # train the classifier that judges samples instead, 3 minutes
-    python 02_train_sde.py --dataset cifar10               # also: fashion_mnist stl10 celeba imagenette, or your own pictures:
-    python 02_train_sde.py --dataset folder --data-dir PATH         # PATH has one sub-folder per class
-    torchrun --nproc_per_node=2 -- 02_train_sde.py --dataset cifar10   # a batch shared by two GPUs; 03 and 04 run so too
+    python 02_train_sde.py --dataset mnist              # about an hour on 2 CPU cores
+    python 02_train_sde.py --dataset mnist --resume     # go on after Ctrl-C or a crash
+    python 02_train_sde.py --dataset mnist --quick      # seconds: does everything run?
+    python 02_train_sde.py --dataset mnist --without 3  # the "Unseen" model: no 3 in training
+    python 02_train_sde.py --dataset mnist --measure    # how good is the Standard model?
+    python 02_train_sde.py --dataset mnist --judge      # train the judge of samples, 3 minutes
+    python 02_train_sde.py --dataset cifar10            # or fashion_mnist stl10 celeba imagenette
+    python 02_train_sde.py --dataset folder --data-dir PATH           # your own pictures
+    torchrun --nproc_per_node=2 -- 02_train_sde.py --dataset cifar10  # two GPUs share a batch
 
-Question: what does it take to learn grad log p_t(x) for every noise level t at once?
-Answer:   show the network images at a random noise level and ask it for the noise.  That is the whole loop below.
+Question: what does it take to learn the score grad log p_t(x) at every noise level at once?
+          p_t is the density of the images with the noise of time t.
+Answer:   show the network images at a random noise level and ask it for the noise. That is the
+          whole of `train` below.
 
-Writes out/<dataset>/: base.pt (model, average, optimizers: all that --resume needs), samples_*.png at a cadence (the last row is
-real), log.jsonl.  Expect on MNIST: v-loss 0.26 after 300 steps, 0.18 after 5,000, 0.16 at the end.
+"Standard" is the paper's name for a model of all classes. data/mnist_base.pt is the one that the
+first command made. A run that goes on with --resume ends with the same weights, to the last bit, as
+one that was never stopped. --without writes into out/mnist/forget-3/. The judge is a classifier: it
+says what a sample shows. --measure prints the same figures for real images beside the model's. The
+folder PATH has one sub-folder per class. 03 and 04 run under torchrun too.
+
+Writes out/<dataset>/: base.pt (model, average, optimizers: all that --resume needs), log.jsonl, and
+every 5,000 steps samples_*.png (the last row is real). Expect on MNIST for the loss, which is
+printed as v-loss: 0.26 after 300 steps, 0.18 after 5,000, 0.16 at the end.
 
 Predict, then run:
-  1. At which sigma is the loss highest, and why is it low in the middle?     (read "loss by noise")
-  2. What do samples look like when the average is switched off?              (--ema 0)
-  3. What becomes of samples when training never sees sigma above 2?          (--log-sigma -1 0.5 --wide 0)
+  1. At which noise level sigma is the loss highest? Why is it low in between? ("loss by noise")
+  2. What do samples look like when the average is switched off?               (--ema 0)
+  3. What becomes of samples when training never sees sigma above 2? (--log-sigma -1 0.5 --wide 0)
 """
+
 import json
-import os
 import signal
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-import common as c
+import common
 
-# ---- arguments ---------------------------------------------------------------------------------------
+# ---- arguments -----------------------------------------------------------------------------------
 
 
 def arguments(argv):
-    p = c.parser(__doc__)
-    p.add_argument("--sde", choices=["any", *c.SDES], default="any", help="noise seen in training; any: one model for all of them")
-    p.add_argument("--log-sigma", type=float, nargs=2, default=c.TRAIN_NOISE[:2], help="--sde any: mean and std of ln sigma")
-    p.add_argument("--wide", type=c.number(float, 0, 1), default=c.TRAIN_NOISE[2], help="--sde any: share of ln sigma drawn uniformly instead")
-    p.add_argument("--ema", type=c.number(float, 0, 0.99999), help="decay of the weight average")
-    p.add_argument("--width", type=c.number(int, 8), help="channels of the U-Net at its top, a multiple of 8 (default: see common.RECIPES)")
+    """Read the command line: refuse what makes no sense and fill in what the user has left open."""
+    args = flags().parse_args(argv)
+    refuse(args)
+    quick = {"steps": 30, "n": 200, "width": 32}  # the defaults that differ under --quick
+    return common.finish_args(args, defaults(args), quick)
+
+
+def flags():
+    """Return a parser of this script's flags and of those that all scripts share."""
+    p = common.parser(__doc__)
+    p.add_argument(
+        "--sde",
+        choices=["any", *common.SDES],
+        default="any",
+        help="noise seen in training; any: one model for all of them",
+    )
+    p.add_argument(
+        "--log-sigma",
+        type=float,
+        nargs=2,
+        default=(common.TRAINING_NOISE["mean"], common.TRAINING_NOISE["std"]),
+        help="--sde any: mean and std of ln sigma",
+    )
+    p.add_argument(
+        "--wide",
+        type=common.number(float, 0, 1),
+        default=common.TRAINING_NOISE["uniform"],
+        help="--sde any: share of ln sigma drawn uniformly instead",
+    )
+    p.add_argument(
+        "--ema", type=common.number(float, 0, 0.99999), help="decay of the weight average"
+    )
+    p.add_argument(
+        "--width",
+        type=common.number(int, 8),
+        help="channels of the U-Net at its top, a multiple of 8 (default: see common.RECIPES)",
+    )
     p.add_argument("--resume", action="store_true", help="go on from base.pt")
-    p.add_argument("--save-every", type=c.number(int, 1), default=1000)
-    p.add_argument("--sample-every", type=c.number(int, 1), default=5000)
-    p.add_argument("--without", nargs="+", metavar="CLASS", help="leave these classes out: the Unseen model")
-    p.add_argument("--judge", action="store_true", help="train the judge instead of the score model")
-    p.add_argument("--measure", action="store_true", help="measure the base model instead of training one")
-    p.add_argument("--n", type=c.number(int, 100), help="--measure: samples")
-    args = p.parse_args(argv)
+    p.add_argument("--save-every", type=common.number(int, 1), default=1000)
+    p.add_argument("--sample-every", type=common.number(int, 1), default=5000)
+    p.add_argument(
+        "--without", nargs="+", metavar="CLASS", help="leave these classes out: the Unseen model"
+    )
+    p.add_argument(
+        "--judge", action="store_true", help="train the judge instead of the score model"
+    )
+    p.add_argument(
+        "--measure", action="store_true", help="measure the base model instead of training one"
+    )
+    p.add_argument("--n", type=common.number(int, 100), help="--measure: samples")
+    return p
+
+
+def refuse(args):
+    """Exit with one line if flags do not fit together."""
     if (args.judge or args.measure) and args.dataset == "celeba" and not args.without:
-        c.die("--judge and --measure of celeba are about attributes: name them, e.g. --without bangs")
+        # CelebA has attributes and no classes: without names the judge would have nothing to tell.
+        common.exit_with_error(
+            "--judge and --measure of celeba are about attributes: name them, e.g. --without bangs"
+        )
     if args.width and args.width % 8:
-        c.die(f"--width {args.width}: a multiple of 8 is needed, for the groups of its norms")
-    full = dict(width=c.recipe(args.dataset)["net"]["width"], n=5000, **c.recipe(args.dataset)["train"])
-    return c.finish_args(args, full, quick=dict(steps=30, n=200, width=32))
+        common.exit_with_error(
+            f"--width {args.width}: a multiple of 8 is needed, for the groups of its norms"
+        )
 
 
-# ---- the two side jobs -------------------------------------------------------------------------------
+def defaults(args):
+    """Return the values of the flags that the user has left open, as a dict."""
+    # A recipe is what we know about training on one data set: network, steps, batch, rates.
+    recipe = common.recipe(args.dataset)
+    return {"width": recipe["net"]["width"], "n": 5000, **recipe["train"]}
 
 
-def fit_judge(data, epochs, batch=128, lr=4e-3, seed=0, device="cpu"):
-    """Train a Judge on a Dataset, with small random shifts, turns and scalings -> Judge in eval mode."""
-    torch.manual_seed(seed)
-    batch = min(batch, len(data.images))
-    judge = c.Judge(data.images.shape[1], len(data.classes)).to(device)
-    optimizers = [torch.optim.AdamW(judge.parameters(), lr=lr, weight_decay=0.02, fused=True)]
-    steps = epochs * (len(data.images) // batch)
-    for step in range(steps):
-        c.set_lr(optimizers, step, steps, 100)
-        i = torch.randint(len(data.images), (batch,))
-        x, target = data.images[i].to(device).float(), data.labels[i].to(device)
-        # Up to 10 degrees, 10 % of size, 2 pixels: (B, 2, 3) affine maps.
-        turn, size = (torch.rand(2, batch, device=device) * 2 - 1) * torch.tensor([[0.17], [0.1]], device=device)
-        row = torch.stack([torch.cos(turn), -torch.sin(turn), torch.sin(turn), torch.cos(turn)], 1).reshape(batch, 2, 2)
-        shift = (torch.rand(batch, 2, 1, device=device) * 2 - 1) * 4 / x.shape[-1]
-        theta = torch.cat([row * (1 + size)[:, None, None], shift], 2)
-        x = F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), padding_mode="border", align_corners=False)
-        loss = F.cross_entropy(judge(x)[0], target)
-        loss.backward()
-        c.guarded_step(judge, optimizers, 0, clip=5.0)
-        if step % 200 == 0 or step == steps - 1:
-            print(f"judge step {step}/{steps}  loss {loss.item():.3f}", flush=True)
-    return judge.eval()
+# ---- data and model ------------------------------------------------------------------------------
 
 
-def load(args):
-    """The training and test part of the data set."""
-    return (c.load_dataset(args.dataset, args.data_dir, part, args.without) for part in (True, False))
+@dataclass
+class Data:
+    """The images of a run: all of them in one tensor of bytes, and the indices of each set."""
+
+    images: torch.Tensor  # (N, C, H, W) uint8, all training images, on the device
+    index_g: torch.Tensor  # (N_g,) indices of D_g, the images to learn: all but those of --without
+    test_g: torch.Tensor  # (n, C, H, W) uint8, test images of D_g, 500 if there are so many
+    held_out: torch.Tensor  # (n, C, H, W) the same on the device, dequantised as `draw` does it
+    forget_names: list  # names of the classes that are left out; none without --without
+    part_size: int  # B: `draw` draws so many, a batch or a part of one that is done at once
+    flip: bool  # whether it mirrors a random half of them: a mirror image is then as good
+
+    def draw(self, index):
+        """Draw a random batch of the images with these indices (M,): (B, C, H, W), dequantised.
+
+        A byte k becomes the real number (k + u)/128 - 1 with u ~ U(0, 1): bytes have no density.
+        """
+        return common.draw_batch(self.images, index, self.part_size, self.flip, self.images.device)
 
 
-def train_judge(args):
-    """--judge: train, test and save the classifier of common.Judge, in half precision to halve the file."""
-    train, test = load(args)
-    part = slice(10000 if args.quick else None)
-    train = train._replace(images=train.images[part], labels=train.labels[part])
-    judge = fit_judge(train, epochs=1 if args.quick else 8, seed=args.seed, device=args.device)
-    right = c.judge_images(judge, test.images).labels == test.labels
-    path = Path(args.out) / args.dataset / c.judge_path(args, args.without or ()).name.removeprefix(f"{args.dataset}_")
-    half = {k: v.half() if v.is_floating_point() else v for k, v in judge.state_dict().items()}
-    c.save_checkpoint(path, arch=judge.arch, model=half, classes=train.classes, quick=args.quick, accuracy=right.float().mean().item())
-    print(f"test accuracy {100 * right.float().mean():.2f} % on {len(right)} images; wrote {path}")
+def split_data(args, train_set, test_set):
+    """Find D_g, the images to learn, in the training set and in the test set; return a Data."""
+    is_forgotten, forget_classes = split_off(train_set, args.without)
+    test_forgotten, _ = split_off(test_set, args.without)
+    index_g = torch.where(~is_forgotten)[0]
+    test_g = common.random_subset(test_set.images[~test_forgotten], 500, 0)  # 0 is a seed
+    data = Data(
+        images=train_set.images.to(args.device),  # bytes: a quarter of the memory of floats
+        index_g=index_g.to(args.device),
+        test_g=test_g,
+        # Dequantised once: the held-out losses of two steps differ by the network alone.
+        held_out=common.dequantize(test_g).to(args.device),
+        forget_names=[train_set.classes[i] for i in forget_classes],
+        part_size=common.part_size(args),
+        flip=common.RECIPES[args.dataset]["flip"],
+    )
+
+    left_out = f", without {' '.join(data.forget_names)}" if args.without else ""
+    shape = tuple(train_set.images.shape[1:])
+    print(f"data: {len(index_g):,} images of {shape}{left_out}")
+    return data
 
 
-def measure_base(args):
-    """--measure: how good is the base?  The same numbers for as many real test images say how good it could look at this n."""
-    path, make = c.find_base(args.out, args.dataset)
-    net, (train, test) = c.load_net(path, make, args.device), load(args)
-    judge = c.load_judge(args, train, args.without or ())
-    real = c.judge_images(judge, train.images[:1000] if args.quick else train.images).features
-    fake = c.sample_images(net, args.n, train.images.shape[1:], c.VP(), args.seed, device=args.device)
-    print(f"{path}, n = {args.n}, {c.VP.sampler}\n{'':9}FD       judge unsure, %")
-    for name, images in (("model", fake), ("real", test.images[torch.randperm(len(test.images), generator=c.rng(args.seed))[: args.n]])):
-        m = c.measure(c.judge_images(judge, images), [], real, len(train.classes))
-        print(f"{name:8}{m['fd']:7.3f}  {m['low_confidence']:6.2f}     classes {m['class_counts']}")
+def split_off(dataset, names):
+    """Find the images of some classes: (is_forgotten (N,) bool, indices of the classes).
+
+    names  of these classes; None stands for no class
+    """
+    if not names:
+        return torch.zeros(len(dataset.labels), dtype=torch.bool), []
+    return common.split_forget(dataset, names)
 
 
-# ---- checkpoint and progress -------------------------------------------------------------------------
+@dataclass
+class Model:
+    """A network and what trains it."""
+
+    net: common.UNet  # the weights that are trained
+    ema: common.EMA  # the average of net over the last steps; samples are drawn from it
+    optimizers: list  # each moves some of the weights
+    sde: common.SDE  # the noise that images get in training
 
 
-def save(path, step, net, ema, optimizers, args):
-    """Everything a run is made of, the random state included: data order, noise levels and noise all come from it."""
-    c.save_checkpoint(
-        path, arch=net.arch, model=net.state_dict(), ema=ema.net.state_dict(), optimizers=[o.state_dict() for o in optimizers],
-        step=step, rng=torch.get_rng_state(), args=vars(args), torch=str(torch.__version__),
+def make_model(args, shape):
+    """Make a network for images of shape (C, H, W), and what trains it: a Model.
+
+    The network starts with random weights.
+    """
+    recipe = common.RECIPES[args.dataset]
+    # The arguments of UNet. sd is the standard deviation of the pixels on the scale [-1, 1].
+    arch = {**recipe["net"], "width": args.width, "sd": recipe["sd"]}
+    net = common.UNet(**arch).to(args.device)
+    print(f"model: {common.describe_network(net, shape)}")
+
+    # x_t / s(t) is x0 + sigma z for every SDE. They only differ in the time at which a noise level
+    # sigma comes. So a model that has seen all levels of "any" serves all SDEs.
+    sde = common.TRAINING_SDE if args.sde == "any" else common.SDES[args.sde]()
+    model = Model(
+        net=net,
+        ema=common.EMA(net, args.ema),
+        optimizers=common.muon_and_adam(net, args.lr),
+        sde=sde,
+    )
+    if args.compile:
+        net.compile()  # last: describe_network and EMA need the network as it is without that
+    return model
+
+
+# ---- the losses ----------------------------------------------------------------------------------
+#
+# t is a time between 0 (data) and 1 (noise). An image x0 gets the noise z ~ N(0, I):
+#     x_t = s(t) x0 + std(t) z,      sigma = std(t) / s(t), the noise level
+# The network estimates z, and its estimate is z_hat. The score of the model is -z_hat / std(t).
+# On average it should be -z / std(t).
+#
+# The network does not return z_hat itself but F, from which z_hat follows. F* is what F should be:
+#     z_hat - z = -cos(phi) (F - F*),   tan(phi) = sigma / sd,  see "The circle" in common.py
+# Here sd is the standard deviation of the data. A loss, and each |...|^2, is a mean over the D
+# numbers of an image.
+
+
+def training_times(args, sde, n):
+    """Draw random noise levels for n images, as times t (n,)."""
+    # Levels that come often are learned best. "any" takes them where images are decided, with
+    # ln sigma ~ N(mean, std^2), and a share --wide of them anywhere, for the two ends.
+    if args.sde != "any":
+        return common.uniform_t(n, sde, args.device)  # the paper's choice
+    mean, std = args.log_sigma
+    return common.lognormal_t(n, sde, mean, std, args.wide, args.device)
+
+
+def objective(args, net, sde, x_g):
+    """Return the loss to step on, one number: score matching on a batch x_g (B, C, H, W)."""
+    t = training_times(args, sde, len(x_g))
+    with common.autocast(args.device):  # bfloat16 on a GPU
+        # L_g = |F - F*|^2 = |z_hat - z|^2 / cos(phi)^2. The paper's L_g is |z_hat - z|^2 alone. At
+        # high noise x_t is nearly all z, so any network knows z, and that loss is small whatever
+        # the network has learned. Divided by cos(phi)^2 all noise levels weigh alike, and training
+        # from scratch is far quicker. weight="v": F is the v of "v-prediction", up to its sign.
+        loss = common.dsm_loss(net, sde, x_g, t, weight="v")  # (B,)
+    return loss.mean()
+
+
+# ---- the training loop ---------------------------------------------------------------------------
+
+
+def train(args, data, model, path, first_step):
+    """Show the network images at random noise levels and ask it for the noise, again and again.
+
+    path        of the checkpoint; log.jsonl and the grids of samples go beside it
+    first_step  0, or the step to go on with
+
+    Returns True at the end, False if Ctrl-C was pressed before.
+    """
+    ctrl_c = CtrlC()
+    net = model.net
+    sde = model.sde
+    log_path = path.with_name("log.jsonl")
+    start_log(args, log_path)
+    loss_sum = torch.zeros((), device=args.device)  # of the steps since the last printed line
+    num_skipped = 0  # steps in a row whose gradient was not finite
+    printed_steps = first_step  # how many steps were done when the last line was printed
+    printed_at = time.time()  # when that was, in seconds
+    for step in range(first_step, args.steps):
+        net.train()
+        common.set_lr(model.optimizers, step, args.steps, warmup=200)
+        for _ in common.batch_parts(args, step):  # one part, unless --grad-accum or torchrun
+            x_g = data.draw(data.index_g)
+            loss = objective(args, net, sde, x_g)
+            (loss / args.grad_accum).backward()
+            # A tensor: loss.item() would make the CPU wait for the GPU at each step.
+            loss_sum += loss.detach() / args.grad_accum
+        # optimizer.step() and zero_grad(). A gradient that is not finite is dropped.
+        num_skipped = common.guarded_step(net, model.optimizers, num_skipped)
+        model.ema.update(net)
+
+        done = step + 1
+        if done % 100 == 0 or done in (50, args.steps):  # 50: do not wait long for the first line
+            common.average_over_ranks([loss_sum])
+            mean_loss = loss_sum.item() / (done - printed_steps)
+            steps_per_second = (done - printed_steps) / (time.time() - printed_at)
+            print_progress(args, log_path, done, mean_loss, steps_per_second)
+            printed_steps = done
+            printed_at = time.time()
+            loss_sum = torch.zeros_like(loss_sum)
+        if done % args.sample_every == 0 or done == args.steps:
+            show(args, data, model.ema.net, path.with_name(f"samples_{done:06d}.png"), done)
+        if done % args.save_every == 0 or done == args.steps or ctrl_c.pressed:
+            save(path, done, model, args)
+        if ctrl_c.pressed:
+            print(f"\nstopped at step {done}; go on with the same command and --resume")
+            return False
+    return True
+
+
+def start_log(args, path):
+    """Begin a new log.jsonl, or keep the lines of the run that --resume goes on with."""
+    if common.is_first_process() and not args.resume:
+        path.write_text("")
+
+
+def print_progress(args, log_path, done, mean_loss, steps_per_second):
+    """Print a line and add one to log.jsonl: steps done, their mean loss, speed, time left."""
+    images_per_second = steps_per_second * args.batch_size
+    hours_left = (args.steps - done) / steps_per_second / 3600
+    print(
+        f"step {done}/{args.steps}  v-loss {mean_loss:.4f}  "
+        f"{images_per_second:.0f} images/s  ETA {hours_left:.2f} h",
+        flush=True,
+    )
+    if common.is_first_process():
+        line = {"step": done, "loss": mean_loss, "images_per_s": images_per_second}
+        with log_path.open("a") as log:
+            log.write(json.dumps(line) + "\n")
+
+
+class CtrlC:
+    """Remember that Ctrl-C was pressed, so that training can stop after the step in progress.
+
+    A checkpoint then always holds a whole number of steps.
+    """
+
+    def __init__(self):
+        self.pressed = False
+        _, num_processes = common.ranks()
+        # Several processes of torchrun could not agree on the step to stop after. There Ctrl-C ends
+        # them at once, and what came after the last checkpoint is lost.
+        if num_processes == 1:
+            signal.signal(signal.SIGINT, self.remember)
+
+    def remember(self, signum, frame):
+        """Note the key press; Python calls this in place of raising KeyboardInterrupt."""
+        self.pressed = True
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+
+
+def save(path, step, model, args):
+    """Save everything a run is made of, so that --resume goes on as if nothing had happened.
+
+    The random state is part of it: data order, noise levels and noise all come from there.
+    """
+    common.save_checkpoint(
+        path,
+        arch=model.net.arch,
+        model=model.net.state_dict(),
+        ema=model.ema.net.state_dict(),
+        optimizers=[optimizer.state_dict() for optimizer in model.optimizers],
+        step=step,
+        rng=torch.get_rng_state(),
+        args=vars(args),
+        torch=str(torch.__version__),
     )
 
 
-def resume(path, net, ema, optimizers, args):
-    """Undo of save -> the step to go on with."""
-    make = f"python 02_train_sde.py --dataset {args.dataset}"
-    ckpt = c.load_checkpoint(path, make, ("arch", "model", "ema", "optimizers", "step", "rng"))
-    if ckpt["arch"] != net.arch:
-        c.die(f"{path} holds another network (was it made with --quick?); start again without --resume")
-    net.load_state_dict(ckpt["model"]), ema.net.load_state_dict(ckpt["ema"])  # raw weights train on; the average only follows
-    for optimizer, state in zip(optimizers, ckpt["optimizers"]):
+def resume(path, model, args):
+    """Load a checkpoint into the model and the random generator; return the step to go on with.
+
+    Exits with one line if the checkpoint is missing, or holds a network of another architecture.
+    """
+    command = f"python 02_train_sde.py --dataset {args.dataset}"
+    keys = ("arch", "model", "ema", "optimizers", "step", "rng")
+    checkpoint = common.load_checkpoint(path, command, keys)
+    if checkpoint["arch"] != model.net.arch:
+        common.exit_with_error(
+            f"{path} holds another network (was it made with --quick?); "
+            "start again without --resume"
+        )
+    # The raw weights train on; the average only follows them.
+    model.net.load_state_dict(checkpoint["model"])
+    model.ema.net.load_state_dict(checkpoint["ema"])
+    # Without this the average would take itself for new, and forget faster than it should.
+    model.ema.num_updates = checkpoint["step"]
+    for optimizer, state in zip(model.optimizers, checkpoint["optimizers"]):
         optimizer.load_state_dict(state)
-    torch.set_rng_state(ckpt["rng"])
-    ema.n = ckpt["step"]
-    print(f"resumed {path} at step {ckpt['step']}")
-    return ckpt["step"]
+    torch.set_rng_state(checkpoint["rng"])
+    print(f"resumed {path} at step {checkpoint['step']}")
+    return checkpoint["step"]
+
+
+def checkpoint_path(args, forget_names):
+    """Return the path of the checkpoint to write, in a folder that exists.
+
+    The Unseen model of --without stands beside the unlearned ones, where 04 looks for it.
+    """
+    if not args.without:
+        return Path(args.out) / args.dataset / "base.pt"
+    folder = common.forget_folder(args.out, args.dataset, forget_names)
+    run_name = common.run_name("unseen", args.sde, True, args.seed)  # True: from scratch
+    return common.make_folder(folder / run_name) / "model.pt"
+
+
+# ---- measures and pictures -----------------------------------------------------------------------
+
+
+@torch.no_grad()
+def loss_by_noise(net, x0, edges=(0.001, 0.02, 0.1, 0.5, 2.0, 10.0, 160.0), seed=0):
+    """Measure the v-loss |F - F*|^2 in bins of the noise level sigma.
+
+    x0     (B, ...) images on the scale of common.dequantize
+    edges  of the bins; every image is looked at once in each bin
+    seed   of the noise: the same noise each time, so two results differ by the networks alone
+
+    Returns a list of (low, high, loss).
+    """
+    bins = []
+    generator = common.rng(seed)
+    for low, high in zip(edges[:-1], edges[1:]):
+        # A level of its own for each image, (B,): from low to high in even steps of ln sigma.
+        share_of_bin = (torch.arange(len(x0), device=x0.device) + 0.5) / len(x0)
+        sigma = low * (high / low) ** share_of_bin
+        z = common.randn(x0.shape, generator, x0.device)
+        x_hat = x0 + common.expand_like(sigma, x0) * z  # x_t / s(t)
+        _, z_hat = common.predict(net, x_hat, sigma)
+        # |F - F*|^2 = |z_hat - z|^2 / cos(phi)^2,  1/cos^2 = 1 + tan^2,  tan(phi) = sigma/sd
+        loss = common.flat_mean((z_hat - z) ** 2) * (1 + (sigma / net.sd) ** 2)
+        bins.append((low, high, loss.mean().item()))
+    return bins
+
+
+def show(args, data, net, path, step):
+    """Print the loss by noise level on held-out images, and save samples as a picture.
+
+    The picture goes to `path`. Its last row shows real images.
+    """
+    bins = loss_by_noise(net, data.held_out)
+    cells = [f"sigma {low:g}-{high:g}: {loss:.3f}" for low, high, loss in bins]
+    print("loss by noise, held out: " + "  ".join(cells))
+
+    num_samples = 10 if args.quick else 50
+    samples = common.sample_images(
+        net,
+        num_samples,
+        data.test_g.shape[1:],
+        common.TRAINING_SDE,
+        args.seed,  # the same noise at each step: only the network changes from grid to grid
+        batch=num_samples,
+        device=args.device,
+    )
+    if common.is_first_process():
+        title = f"step {step} (last row: real)"
+        image_grid(path, samples, title=title, real=data.test_g)
 
 
 def image_grid(path, images, columns=10, title=None, real=None):
-    """Save bytes (N, C, H, W) as a grid; `real` adds a row of real images below a gap, to compare with."""
-    plt = c.pyplot()
-    pixels = c.tile(images, columns)
+    """Save bytes (N, C, H, W) as one picture, `columns` of them in a row.
+
+    real  None, or bytes (M, C, H, W): the first `columns` of them become a row below a white gap
+    """
+    plt = common.pyplot()
+    pixels = common.tile(images, columns)  # (N, C, H, W) -> (rows*H, columns*W, 3)
     if real is not None:
         gap = np.full((4, *pixels.shape[1:]), 255, np.uint8)
-        pixels = np.concatenate([pixels, gap, c.tile(real[:columns], columns)])
-    fig, ax = plt.subplots(figsize=(6, 6 * pixels.shape[0] / pixels.shape[1] + (0.3 if title else 0)))
-    ax.imshow(pixels, cmap="gray", vmin=0, vmax=255), ax.axis("off")
+        pixels = np.concatenate([pixels, gap, common.tile(real[:columns], columns)])
+
+    title_height = 0.3 if title else 0  # in inches, and the figure is 6 inches wide
+    height = 6 * pixels.shape[0] / pixels.shape[1] + title_height
+    fig, ax = plt.subplots(figsize=(6, height))
+    ax.imshow(pixels)
+    ax.axis("off")
     if title:
         ax.set_title(title, fontsize=9)
     fig.savefig(path, dpi=110, bbox_inches="tight", pad_inches=0.05)
     plt.close(fig)
 
 
-@torch.no_grad()
-def loss_by_noise(net, x0, edges=(0.001, 0.02, 0.1, 0.5, 2.0, 10.0, 160.0), seed=0):
-    """v-loss |F - F*|^2 of images x0 (B, ...) in bins of sigma, with fixed noise -> list of (low, high, loss)."""
-    out, generator = [], c.rng(seed)
-    for low, high in zip(edges[:-1], edges[1:]):
-        sigma = low * (high / low) ** ((torch.arange(len(x0), device=x0.device) + 0.5) / len(x0))
-        z = c.randn(x0.shape, generator, x0.device)
-        z_hat = c.predict(net, x0 + c.bcast(sigma, x0) * z, sigma)[1]
-        out.append((low, high, (c.flat_mean((z_hat - z) ** 2) * (1 + (sigma / net.sd) ** 2)).mean().item()))
-    return out
+def measure_base(args):
+    """Print how good the Standard model is (--measure), from args.n samples of it.
+
+    FD is the Frechet distance to the training images. The judge is unsure of a sample when it is
+    less than 80 % sure. Real test images get the same measures, as many as there are samples: that
+    is the best that a model can hope for at this n.
+    """
+    path, command = common.find_base(args.out, args.dataset)  # command: what makes it, for an error
+    net = common.load_net(path, command, args.device)
+    train_set, test_set = common.load_train_and_test(args.dataset, args.data_dir, args.without)
+    judge = common.load_judge(args, train_set, args.without or ())
+    real_images = common.reference_images(train_set.images, args.quick)
+    real_features = common.judge_images(judge, real_images).features
+    shape = train_set.images.shape[1:]
+    sde = common.VP()  # as 03 and 04 sample, unless told otherwise
+    image_sets = {
+        "model": common.sample_images(net, args.n, shape, sde, args.seed, device=args.device),
+        "real": common.random_subset(test_set.images, args.n, args.seed),
+    }
+
+    print(f"{path}, n = {args.n}, {sde.sampler}")
+    print(f"{'':9}FD       judge unsure, %")
+    for name, images in image_sets.items():
+        verdict = common.judge_images(judge, images)
+        # The empty list: nothing is to be forgotten, so the distance is that of all samples.
+        row = common.measure(verdict, [], real_features, len(train_set.classes))
+        print(
+            f"{name:8}{row['fd']:7.3f}  {row['low_confidence']:6.2f}     "
+            f"classes {row['class_counts']}"
+        )
 
 
-def show(path, step, net, held_out, real, args):
-    """Loss by noise level on held-out images, and a grid of samples over a row of the bytes `real`."""
-    print("loss by noise, held out: " + "  ".join(f"sigma {a:g}-{b:g}: {v:.3f}" for a, b, v in loss_by_noise(net, held_out)))
-    x = c.sample_images(net, n := 10 if args.quick else 50, real.shape[1:], c.WIDE, args.seed, batch=n, device=args.device)
-    if c.ranks()[0] == 0:
-        image_grid(path, x, title=f"step {step} (last row: real)", real=real)
-
-
-# ---- the story ---------------------------------------------------------------------------------------
+# ---- the story -----------------------------------------------------------------------------------
 
 
 def main(argv=None):
+    """Train the Standard model, or the judge, or measure the model that is there."""
     args = arguments(argv)
-    if args.judge or args.measure:
-        return train_judge(args) if args.judge else measure_base(args)
+    if args.judge:
+        # --without names the attributes that a judge of CelebA has to tell apart.
+        common.train_judge(args, args.without or (), args.seed)
+        return
+    if args.measure:
+        measure_base(args)
+        return
     print("args:", json.dumps(vars(args)))
 
     # ---- data: one tensor of bytes, on the GPU if there is one
-    data, test = load(args)
-    out, file, (rest, test_rest) = Path(args.out) / args.dataset, "base.pt", (torch.arange(len(part.images)) for part in (data, test))
-    if args.without:  # the Unseen model stands beside the unlearned ones, where 04 looks for it
-        rest, test_rest = (torch.where(~c.split_forget(part, args.without)[0])[0] for part in (data, test))
-        args.method, args.forget, file = "unseen", [data.classes[i] for i in c.split_forget(data, args.without)[1]], "model.pt"
-        out = c.make_folder(c.forget_folder(args.out, args.dataset, args.forget) / c.run_name("unseen", args.sde, True, args.seed))
-    print(f"data: {len(rest):,} images of {tuple(data.images.shape[1:])}" + (f", without {' '.join(args.forget)}" if args.without else ""))
-    images, rest, real = data.images.to(args.device), rest.to(args.device), test.images[test_rest[torch.randperm(len(test_rest), generator=c.rng(0))[:500]]]
-    held_out = c.dequantize(real).to(args.device)
+    train_set, test_set = common.load_train_and_test(args.dataset, args.data_dir, args.without)
+    data = split_data(args, train_set, test_set)
+    if args.without:
+        # The checkpoint holds args. With these two it says what one of 03 says, and 04 can read it.
+        args.method = "unseen"
+        args.forget = data.forget_names
+    path = checkpoint_path(args, data.forget_names)
 
-    # ---- model: from scratch; only a network made from scratch shrinks under --quick
-    recipe = c.RECIPES[args.dataset]
-    net = c.UNet(**recipe["net"] | dict(width=args.width), sd=recipe["sd"]).to(args.device)
-    print(f"model: {c.count(net, images.shape[1:])}")
-    optimizers, ema, sde = c.muon_and_adam(net, args.lr), c.EMA(net, args.ema), c.WIDE if args.sde == "any" else c.SDES[args.sde]()
-    first = resume(out / file, net, ema, optimizers, args) if args.resume else 0
-    if args.compile:
-        net.compile()
+    # ---- model: from scratch
+    model = make_model(args, data.images.shape[1:])
+    first_step = resume(path, model, args) if args.resume else 0
 
     # ---- loop
-    size, shown, t0, skipped, running = c.part_size(args), first, time.time(), 0, torch.zeros((), device=args.device)
-    log = open(out / "log.jsonl" if c.ranks()[0] == 0 else os.devnull, "a" if args.resume else "w")
-    stop = []  # Ctrl-C only asks: the step in progress is finished, so a checkpoint always holds a whole number of steps
-    if c.ranks()[1] == 1:  # several processes could not agree on the step; they lose what came after the last checkpoint
-        signal.signal(signal.SIGINT, lambda *_: stop.append(True))
-    for step in range(first, args.steps):
-        net.train()
-        c.set_lr(optimizers, step, args.steps, warmup=200)
-        for _ in c.batch_parts(args, step):  # one, unless --grad-accum or torchrun
-            x0 = c.draw_batch(images, rest, size, recipe["flip"], args.device)
-            # The density of t decides where the effort goes; see common.lognormal_t.
-            t = c.uniform_t(len(x0), sde, args.device) if sde is not c.WIDE else c.lognormal_t(len(x0), sde, *args.log_sigma, args.wide, args.device)
-            with c.autocast(args.device):
-                loss = c.dsm_loss(net, sde, x0, t, weight="v").mean()
-            (loss / args.grad_accum).backward()
-            running += loss.detach() / args.grad_accum
-        skipped = c.guarded_step(net, optimizers, skipped)
-        ema.update(net)
+    is_finished = train(args, data, model, path, first_step)
 
-        done = step + 1
-        if done % 100 == 0 or done in (50, args.steps):
-            c.average_over_ranks([running])
-            mean, rate = running.item() / (done - shown), (done - shown) * args.batch_size / (time.time() - t0)
-            print(f"step {done}/{args.steps}  v-loss {mean:.4f}  {rate:.0f} images/s  ETA {(args.steps - done) * args.batch_size / rate / 3600:.2f} h", flush=True)
-            print(json.dumps(dict(step=done, loss=mean, images_per_s=rate)), file=log, flush=True)
-            shown, t0, running = done, time.time(), torch.zeros_like(running)
-        if done % args.sample_every == 0 or done == args.steps:
-            show(out / f"samples_{done:06d}.png", done, ema.net, held_out, real, args)
-        if done % args.save_every == 0 or done == args.steps or stop:
-            save(out / file, done, net, ema, optimizers, args)
-        if stop:
-            return print(f"\nstopped at step {done}; go on with the same command and --resume")
-    print(f"wrote {out / file}; next: python 03_unlearn.py --dataset {args.dataset} --forget {' '.join(args.without or ['<class>'])}")
+    # ---- outputs: all written by now
+    if is_finished:
+        classes = " ".join(args.without or ["<class>"])
+        print(
+            f"wrote {path}; next: python 03_unlearn.py --dataset {args.dataset} --forget {classes}"
+        )
 
 
 if __name__ == "__main__":
-    c.run(main)
+    common.run(main)

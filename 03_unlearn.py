@@ -1,300 +1,889 @@
-"""03  Unlearn: teach the Standard model of 02 to stop drawing some classes and to keep drawing the others.
+"""03  Unlearn: teach the Standard model of 02 to stop drawing some classes and to keep the others.
 
-    python 03_unlearn.py --dataset mnist --forget 3                     # 4 minutes on 2 CPU cores, nothing to download
-    python 03_unlearn.py --dataset mnist --forget 3 7 --sde ve          # two classes; another noise process, same checkpoint
-    python 03_unlearn.py --dataset mnist --forget 3 --method ort        # the paper's methods: ort, obt
-    python 03_unlearn.py --dataset mnist --forget 3 --method siss       # rivals: unseen, erasediff, ascent, siss
-    python 03_unlearn.py --dataset mnist --forget 3 --method obt --from-scratch       # both losses from the first step on
-    python 03_unlearn.py --dataset cifar10 --forget dog                 # a GPU and a base model of 02 needed
-    python 03_unlearn.py --dataset celeba --forget bangs                # a feature: any of 40 attributes, or not_ before it
+    python 03_unlearn.py --dataset mnist --forget 3                # 4 minutes on 2 CPU cores
+    python 03_unlearn.py --dataset mnist --forget 3 7 --sde ve     # two classes, another noise
+    python 03_unlearn.py --dataset mnist --forget 3 --method ort   # the paper's: ort, obt
+    python 03_unlearn.py --dataset mnist --forget 3 --method siss  # or unseen, erasediff, ascent
+    python 03_unlearn.py --dataset mnist --forget 3 --method obt --from-scratch
+    python 03_unlearn.py --dataset cifar10 --forget dog            # a GPU and a base of 02 needed
+    python 03_unlearn.py --dataset celeba --forget bangs           # one of 40 attributes
 
 Question: how do you take away one class from a model that has no notion of classes?
-Answer:   minimise  alpha L_g + (1 - alpha) L_f.  L_g is score matching on the data D_g to keep; L_f turns the score on the data
-          D_f to forget away from where it points now: orthogonal (ort), obtuse (obt), or obtuse to what D_f adds (obt-rel).
+Answer:   minimise  alpha L_g + (1 - alpha) L_f,  with a weight alpha between 0 and 1. L_g is score
+          matching on D_g, the data to keep. L_f turns the score on D_f, the data to forget, away
+          from the direction of D_f: to a right angle (ort), to an obtuse one (obt), or to one that
+          is obtuse only to what sets D_f apart from the rest (obt-rel, ours).
 
-Changes from 02: two data sets instead of one, two losses instead of one, and it starts from a trained model (marked "<-- 03").
+Changes from 02: two data sets instead of one, two losses instead of one, and the start is a trained
+model. `grep "<-- 03" 03_unlearn.py` lists the places. `diff 02_train_sde.py 03_unlearn.py` shows
+what they replace in 02; what is not marked there concerns flags, files, measures and pictures.
 
-Writes out/<dataset>/forget-<names>/<method>-<sde>[-scratch][-s<seed>]/: model.pt, result.json, log.jsonl, curves.png, before_after.png.
-Expect with --forget 3: see README.
+With MNIST there is nothing to download. All noise processes (--sde) start from the same checkpoint.
+siss, erasediff, ascent and unseen are rivals of the paper's methods. --from-scratch starts from
+random weights and minimises both losses from the first step on. An attribute of CelebA can also be
+forgotten by its absence: not_bangs.
+
+Writes out/<dataset>/forget-<names>/<method>-<sde>[-scratch][-s<seed>]/: model.pt, result.json,
+log.jsonl, curves.png, before_after.png. Expect with --forget 3: see README.
 
 Predict, then run:
-  1. Which digits pay for the forgetting of 3?                  (class_counts in result.json)
+  1. Which digits pay for the forgetting of 3?            (class_counts in result.json)
   2. What happens with --alpha 0.3?  And with --method obt --alpha 0.3?
-  3. With --method ort, what takes the place of the 3s?         (look at before_after.png)
+  3. With --method ort, what takes the place of the 3s?   (look at before_after.png)
 """
+
+import argparse
 import copy
 import json
+import math
 import time
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-import common as c
+import common
 
-# Where to start with each method on the MNIST base; every entry is a flag.  README's "common footing" has the weights that a search found.
-RECIPES = {
-    "obt-rel": dict(kappa=2.8, lr=1e-3, retain="distill"),  # kappa, not alpha: one strength for small and for large forget sets
-    "obt": dict(alpha=0.9, lr=3e-4),
-    "ort": dict(alpha=0.95, lr=3e-4),
-    "unseen": dict(lr=3e-4),  # L_g alone: what forgetting does by itself
-    "ascent": dict(alpha=0.9, lr=3e-4),
-    "erasediff": dict(eta=1e-3, lr=3e-4),  # this and the next weigh gradients, not losses
-    "siss": dict(c=0.003, lr=1e-3, uniform_t=True),  # D_g and D_f share x_t, hence the noise level: no level may be left out
+# Each method with its own defaults, by name of the flag. They are where to start on MNIST. README's
+# "common footing" has the weights that a search found.
+METHODS = {  # <-- 03
+    # kappa says the same as alpha, but it does not depend on how much is forgotten: see set_alpha.
+    "obt-rel": {"kappa": 2.8, "lr": 1e-3, "retain": "distill"},
+    "obt": {"alpha": 0.9, "lr": 3e-4},
+    "ort": {"alpha": 0.95, "lr": 3e-4},
+    # No L_f: how much a model forgets that only goes on without D_f.
+    "unseen": {"lr": 3e-4},
+    "ascent": {"alpha": 0.9, "lr": 3e-4},
+    # This and the next weigh the gradients of L_g and L_f, not the losses: see weigh_gradients.
+    "erasediff": {"eta": 1e-3, "lr": 3e-4},
+    # One noise level serves both losses here, and L_g needs all of them: hence uniform times.
+    "siss": {"c": 0.003, "lr": 1e-3, "uniform_t": True},
 }
 
-# Flags that only some methods have.
-BELONGS = dict(alpha=("ort", "obt", "obt-rel", "ascent", "erasediff"), kappa=("obt-rel",), eta=("erasediff",), c=("siss",), ort=("ort",))
-BELONGS |= {flag: [m for m in RECIPES if m not in ("unseen", "siss")] for flag in ("retain", "uniform_t", "log_sigma")}
+# The methods in which L_f draws noise levels of its own, apart from those of L_g.
+TWO_LOSSES = ("obt-rel", "obt", "ort", "ascent", "erasediff")
 
-# ---- arguments ---------------------------------------------------------------------------------------
+# Flags that only some methods have: name of the flag -> those methods.
+BELONGS_TO = {
+    "alpha": ("ort", "obt", "obt-rel", "ascent", "erasediff"),
+    "kappa": ("obt-rel",),
+    "eta": ("erasediff",),
+    "c": ("siss",),
+    "ort": ("ort",),
+    "retain": TWO_LOSSES,
+    "uniform_t": TWO_LOSSES,
+    "log_sigma": TWO_LOSSES,
+}
+
+# ---- arguments -----------------------------------------------------------------------------------
 
 
 def arguments(argv):
-    p = c.parser(__doc__)
-    p.add_argument("--forget", nargs="+", metavar="CLASS", help="names of the classes to forget, e.g. 3 7 (no default)")      # <-- 03
-    p.add_argument("--method", choices=list(RECIPES), default="obt-rel")
-    p.add_argument("--sde", choices=list(c.SDES), default="vp")
-    p.add_argument("--from-scratch", action="store_true", help="start from random weights, not from the Standard model")          # <-- 03
-    p.add_argument("--alpha", type=c.number(float, 0, 1), help="weight of L_g; L_f has 1 - alpha")
-    p.add_argument("--kappa", type=c.number(float, 0), help="obt-rel: the same weight, relative to the sizes of D_g and D_f")
-    p.add_argument("--eta", type=c.number(float, 0), help="erasediff: how fast each step must lower L_f; --alpha instead: the constant weight (1 - alpha)/alpha")
-    p.add_argument("--c", type=c.number(float, 0), help="siss: length of the forget gradient (the paper's 5 is for losses summed over pixels)")
-    p.add_argument("--ort", choices=("elementwise", "inner"), help="the two readings of Ort, see common.ort_loss (default: elementwise)")
-    p.add_argument("--log-sigma", type=float, nargs=2, help="noise of D_f: mean and std of ln sigma")
-    p.add_argument("--retain", choices=("dsm", "distill"), help="L_g: score matching, the paper's, or ours, see common.distill_loss")
-    p.add_argument("--uniform-t", action="store_true", default=None, help="noise of D_f: the paper's t ~ U(0, 1) instead")
-    p.add_argument("--ema", type=c.number(float, 0, 0.99999), help="decay of the weight average")
-    p.add_argument("--n", type=c.number(int, 10), help="samples for the measures, before and after")
-    p.add_argument("--nfe", type=c.number(int, 2), help="network evaluations a sample")
-    args = p.parse_args(argv)
-    if not args.forget:
-        c.die("--forget is missing: name what to forget, e.g. python 03_unlearn.py --dataset mnist --forget 3")
-    if args.from_scratch and args.method == "obt-rel":
-        c.die("--method obt-rel compares with a Standard model by construction: leave out --from-scratch, or take --method ort | obt")
-    if args.from_scratch and args.retain == "distill":
-        c.die("--retain distill keeps what a Standard model says: leave out --from-scratch, or take --retain dsm")
-    if (args.grad_accum > 1 or args.compile) and args.method in ("erasediff", "siss") and args.alpha is None:
-        c.die(f"--method {args.method} weighs the gradients of a whole batch by hand: leave out --grad-accum and --compile")
-    for flag, methods in BELONGS.items():
+    """Read the command line: refuse what makes no sense and fill in what the user has left open."""
+    args = flags().parse_args(argv)
+    refuse(args)
+    quick = {"steps": 5, "batch_size": 16, "n": 40, "nfe": 4}  # what differs under --quick
+    return common.finish_args(args, defaults(args), quick)
+
+
+def flags():
+    """Return a parser of this script's flags and of those that all scripts share."""
+    p = common.parser(__doc__)
+    common.add_forget(p, "03_unlearn.py", "to forget")  # <-- 03
+    p.add_argument("--method", choices=list(METHODS), default="obt-rel")  # <-- 03
+    p.add_argument("--sde", choices=list(common.SDES), default="vp")
+    p.add_argument(  # <-- 03
+        "--from-scratch",
+        action="store_true",
+        help="start from random weights, not from the Standard model",
+    )
+    add_weights(p)  # <-- 03
+    p.add_argument(
+        "--log-sigma", type=float, nargs=2, help="noise of D_f: mean and std of ln sigma"
+    )
+    p.add_argument(
+        "--retain",
+        choices=("dsm", "distill"),
+        help="L_g: score matching, the paper's, or ours, see common.distill_loss",
+    )
+    p.add_argument(
+        "--uniform-t",
+        action=argparse.BooleanOptionalAction,
+        help="noise of D_f: the paper's t ~ U(0, 1) instead",
+    )
+    p.add_argument(
+        "--ema", type=common.number(float, 0, 0.99999), help="decay of the weight average"
+    )
+    p.add_argument(
+        "--n", type=common.number(int, 10), help="samples for the measures, before and after"
+    )
+    p.add_argument("--nfe", type=common.number(int, 2), help="network evaluations a sample")
+    return p
+
+
+def add_weights(p):  # <-- 03
+    """Add the flags that say how hard each method pushes, and which of two forms Ort has."""
+    p.add_argument(
+        "--alpha", type=common.number(float, 0, 1), help="weight of L_g; L_f has 1 - alpha"
+    )
+    p.add_argument(
+        "--kappa",
+        type=common.number(float, 0),
+        help="obt-rel: the same weight, relative to the sizes of D_g and D_f",
+    )
+    p.add_argument(
+        "--eta",
+        type=common.number(float, 0),
+        help="erasediff: how fast each step must lower L_f; "
+        "--alpha instead: the constant weight (1 - alpha)/alpha",
+    )
+    p.add_argument(
+        "--c",
+        type=common.number(float, 0),
+        help="siss: length of the forget gradient (the paper's 5 is for losses summed over pixels)",
+    )
+    p.add_argument(
+        "--ort",
+        choices=("elementwise", "inner"),
+        help="the two readings of Ort, see common.ort_loss (default: elementwise)",
+    )
+
+
+def refuse(args):
+    """Exit with one line if flags do not fit together."""
+    refuse_from_scratch(args)
+    # EraseDiff with --alpha has a constant weight, which needs no gradients.
+    weighs_gradients = args.method in ("erasediff", "siss") and args.alpha is None
+    if weighs_gradients and (args.grad_accum > 1 or args.compile):
+        common.exit_with_error(
+            f"--method {args.method} weighs the gradients of a whole batch by hand: "
+            "leave out --grad-accum and --compile"
+        )
+
+    for flag, methods in BELONGS_TO.items():
         if getattr(args, flag) is not None and args.method not in methods:
-            c.die(f"--{flag.replace('_', '-')} has no part in --method {args.method}; it belongs to --method {' | '.join(methods)}")
-    for a, b in (("alpha", "kappa"), ("alpha", "eta"), ("uniform_t", "log_sigma")):
-        if getattr(args, a) is not None and getattr(args, b) is not None:
-            c.die(f"--{a} and --{b} set the same: give one of them".replace("_", "-"))
-    recipe = dict(retain="dsm", log_sigma=(0.0, 0.7), uniform_t=False, alpha=None, kappa=None, eta=None, c=None) | RECIPES[args.method]
-    if args.method == "obt-rel":  # uniform t gives L_g 1/3 (vp), 1/4 (subvp), 1/5 (ve) of the images that L_f has at sigma = 1
-        recipe["kappa"] = dict(ve=1.8, subvp=2.4).get(args.sde, recipe["kappa"])
-    recipe |= dict(kappa=None, eta=None) if args.alpha is not None else {}
+            common.exit_with_error(
+                f"--{flag.replace('_', '-')} has no part in --method {args.method}; "
+                f"it belongs to --method {' | '.join(methods)}"
+            )
+
+    if args.alpha is not None and args.kappa is not None:
+        refuse_both("--alpha", "--kappa")
+    if args.alpha is not None and args.eta is not None:
+        refuse_both("--alpha", "--eta")
+    # --no-uniform-t may stand beside --log-sigma: it asks for the times that --log-sigma describes.
+    if args.uniform_t and args.log_sigma is not None:
+        refuse_both("--uniform-t", "--log-sigma")
+
+
+def refuse_from_scratch(args):
+    """Exit if --from-scratch is given together with something that needs a Standard model."""
+    if args.from_scratch and args.method == "obt-rel":
+        common.exit_with_error(
+            "--method obt-rel compares with a Standard model by construction: "
+            "leave out --from-scratch, or take --method ort | obt"
+        )
+    if args.from_scratch and args.retain == "distill":
+        common.exit_with_error(
+            "--retain distill keeps what a Standard model says: "
+            "leave out --from-scratch, or take --retain dsm"
+        )
+
+
+def refuse_both(flag, other):
+    """Exit because two flags were given that set the same thing."""
+    common.exit_with_error(f"{flag} and {other} set the same: give one of them")
+
+
+def defaults(args):
+    """Return the values of the flags that the user has left open, as a dict."""
+    values = {"n": 2000, "nfe": common.SDES[args.sde].nfe, "ema": 0.98}
+    # A recipe is what we know about training on one data set: here steps and batch.
+    values.update(common.recipe(args.dataset)["unlearn"])
+    values.update(retain="dsm", log_sigma=(0.0, 0.7), uniform_t=False)
+    values.update(METHODS[args.method])  # last: a method may replace what stands above
+
+    # Classes are decided near sigma = 1. L_f has most of its images there; L_g, whose t is uniform,
+    # has only 1/3 (vp), 1/4 (subvp) or 1/5 (ve) as many. The fewer it has, the harder the same
+    # kappa pushes.
+    if args.method == "obt-rel" and args.sde == "ve":
+        values["kappa"] = 1.8
+    if args.method == "obt-rel" and args.sde == "subvp":
+        values["kappa"] = 2.4
+    if args.alpha is not None:  # alpha takes the place of either
+        values.pop("kappa", None)
+        values.pop("eta", None)
+    if args.from_scratch:  # a training like that of 02, but shorter
+        values.update(steps=3000, lr=8e-3, ema=0.999)
+    return values
+
+
+# ---- data and model ------------------------------------------------------------------------------
+
+
+@dataclass
+class Data:
+    """The images of a run: all of them in one tensor of bytes, and the indices of each set."""
+
+    images: torch.Tensor  # (N, C, H, W) uint8, all training images, on the device
+    index_g: torch.Tensor  # (N_g,) indices of D_g, the images to keep
+    index_f: torch.Tensor  # (N_f,) indices of D_f, the images to forget  # <-- 03
+    test_g: torch.Tensor  # (n, C, H, W) uint8, all test images of D_g
+    forget_classes: list  # indices of the classes to forget
+    forget_names: list  # their names
+    class_names: list  # names of all classes
+    part_size: int  # B: `draw` draws so many, a batch or a part of one that is done at once
+    flip: bool  # whether it mirrors a random half of them: a mirror image is then as good
+
+    def draw(self, index):
+        """Draw a random batch of the images with these indices (M,): (B, C, H, W), dequantised.
+
+        A byte k becomes the real number (k + u)/128 - 1 with u ~ U(0, 1): bytes have no density.
+        """
+        return common.draw_batch(self.images, index, self.part_size, self.flip, self.images.device)
+
+
+def split_data(args, train_set, test_set):
+    """Find D_g and D_f in the training set, and D_g in the test set; return a Data."""
+    is_forgotten, forget_classes = common.split_forget(train_set, args.forget)
+    test_forgotten, _ = common.split_forget(test_set, args.forget)
+    index_g = torch.where(~is_forgotten)[0]
+    index_f = torch.where(is_forgotten)[0]  # <-- 03
+    data = Data(
+        images=train_set.images.to(args.device),  # bytes: a quarter of the memory of floats
+        index_g=index_g.to(args.device),
+        index_f=index_f.to(args.device),  # <-- 03
+        test_g=test_set.images[~test_forgotten],
+        forget_classes=forget_classes,
+        forget_names=[train_set.classes[i] for i in forget_classes],
+        class_names=train_set.classes,
+        part_size=common.part_size(args),
+        flip=common.RECIPES[args.dataset]["flip"],
+    )
+
+    forgotten = [f"class {i} '{train_set.classes[i]}'" for i in forget_classes]
+    print(f"forgetting {', '.join(forgotten)}: {len(index_f):,} images; keeping {len(index_g):,}")
+    return data
+
+
+def set_alpha(args, data):  # <-- 03
+    """Turn --kappa of obt-rel into alpha, now that the sizes of D_g and D_f are known."""
+    if args.method != "obt-rel":
+        return
+    print("obt-rel: ours, not the paper's; the paper's: --method ort | obt")
+    if args.alpha is None:
+        # With score matching as L_g the optimum is  s_g + kappa p(D_f | x_t) (s_g - s_f): the exact
+        # score s_g of D_g, pushed away from s_f of D_f. Let pi_g and pi_f be the shares of D_g and
+        # D_f in the data; then
+        #     kappa = (1 - alpha) pi_g / (2 alpha pi_f),  hence  alpha = 1 / (1 + 2 kappa pi_f/pi_g)
+        ratio = len(data.index_f) / len(data.index_g)  # pi_f / pi_g
+        args.alpha = 1 / (1 + 2 * args.kappa * ratio)
+
+
+@dataclass
+class Model:
+    """A network and what trains it."""
+
+    net: common.UNet  # the weights that are trained
+    base: common.UNet | None  # the Standard model, which stays as it is, or None  # <-- 03
+    ema: common.EMA  # the average of net over the last steps; samples are drawn from it
+    optimizers: list  # each moves some of the weights
+    sde: common.SDE  # the noise that images get in training, and that samples start from
+
+
+def make_model(args, shape):
+    """Make a network for images of shape (C, H, W), and what trains it: a Model.
+
+    The network starts as a copy of the Standard model, or with random weights (--from-scratch).
+    """
+    base = load_base(args)  # <-- 03
+    print_settings(args, base)
+    net = copy_or_fresh(args, base).to(args.device)  # <-- 03
+    print(f"model: {common.describe_network(net, shape)}")
+
     if args.from_scratch:
-        recipe |= dict(steps=3000, lr=8e-3, ema=0.999)
-    full = dict(n=2000, nfe=c.SDES[args.sde].nfe, ema=0.98) | c.recipe(args.dataset)["unlearn"] | recipe
-    return c.finish_args(args, full=full, quick=dict(steps=5, batch_size=16, n=40, nfe=4))
+        optimizers = common.muon_and_adam(net, args.lr)
+    else:
+        # With 0.99 Adam averages the squared gradients over about 100 steps. PyTorch's 0.999 would
+        # take 1000, and a run has only a few hundred.
+        adam = torch.optim.Adam(net.parameters(), args.lr, betas=(0.9, 0.99), fused=True)  # <-- 03
+        optimizers = [adam]
+    model = Model(
+        net=net,
+        base=base,  # <-- 03
+        ema=common.EMA(net, args.ema),
+        optimizers=optimizers,
+        sde=common.SDES[args.sde](),
+    )
+    if args.compile:
+        net.compile()  # last: describe_network and EMA need the network as it is without that
+    return model
 
 
-# ---- the losses --------------------------------------------------------------------------------------
+def load_base(args):  # <-- 03
+    """Load the Standard model of 02; return None if there is none and none is needed.
+
+    Unlearning starts from it. obt-rel and --retain distill also compare with it in each step. With
+    --from-scratch it is only sampled from, for the "before" of the pictures and measures.
+    """
+    path, command = common.find_base(args.out, args.dataset)
+    if not path.exists() and not args.from_scratch:
+        common.exit_with_error(
+            f"{path} not found; make it with: {command}, "
+            "or do without a Standard model: --from-scratch --method ort | obt"
+        )
+    if not path.exists():
+        return None
+    return common.load_net(path, command, args.device)
 
 
-def forget_times(args, sde, n):                                                                           # <-- 03
-    """Noise levels for n images of D_f -> (n,)."""
-    # Where to push: a class is decided near sigma = 1.  Higher, all images look alike; lower, only the strokes' edges are open.
-    return c.uniform_t(n, sde, args.device) if args.uniform_t else c.lognormal_t(n, sde, *args.log_sigma, device=args.device)
+def print_settings(args, base):
+    """Print which file the Standard model `base` is from, if there is one, and the settings."""
+    path, _ = common.find_base(args.out, args.dataset)
+    settings = []
+    for name in ("steps", "lr", "alpha", "kappa", "eta", "c"):
+        value = getattr(args, name)
+        if value is not None:
+            settings.append(f"{name} {value:.4g}")
+    source = path if base is not None else "none"
+    scratch = ", from scratch" if args.from_scratch else ""
+    print(f"base: {source}; sde {args.sde}, method {args.method}{scratch}; {'  '.join(settings)}")
 
 
-def forget_loss(args, net, base, sde, x_f):                                                               # <-- 03
-    """L_f of the chosen method on a batch of D_f -> (B,)."""
+def copy_or_fresh(args, base):  # <-- 03
+    """Return the network to train: a copy of `base`, or one like it with random weights."""
+    if not args.from_scratch:
+        return copy.deepcopy(base)  # a copy: base itself has to stay what it was
+    recipe = common.RECIPES[args.dataset]
+    # The arguments of UNet. sd is the standard deviation of the pixels on the scale [-1, 1].
+    arch = {**recipe["net"], "sd": recipe["sd"]} if base is None else dict(base.arch)
+    if args.quick:
+        arch["width"] = 32  # narrow, hence fast; a copy of base cannot be made narrower
+    return common.UNet(**arch)
+
+
+# ---- the losses ----------------------------------------------------------------------------------
+#
+# t is a time between 0 (data) and 1 (noise). An image x0 gets the noise z ~ N(0, I):
+#     x_t = s(t) x0 + std(t) z,      sigma = std(t) / s(t), the noise level
+# The network estimates z, and its estimate is z_hat. The score of the model is -z_hat / std(t).
+# On average it should be -z / std(t).
+# So the angle between z_hat and z is the angle between the two scores.  # <-- 03
+#
+# The network does not return z_hat itself but F, from which z_hat follows. F* is what F should be:
+#     z_hat - z = -cos(phi) (F - F*),   tan(phi) = sigma / sd,  see "The circle" in common.py
+# Here sd is the standard deviation of the data. A loss, and each |...|^2, is a mean over the D
+# numbers of an image.
+# So is a . b, the mean of a o b, where o multiplies number by number.  # <-- 03
+
+
+def forget_times(args, sde, n):  # <-- 03
+    """Draw random noise levels for n images of D_f, as times t (n,)."""
+    # Push where the class is decided, near sigma = 1. At higher noise all images look alike. At
+    # lower noise only details are still open, such as the edge of a stroke.
+    if args.uniform_t:
+        return common.uniform_t(n, sde, args.device)  # the paper's choice
+    mean, std = args.log_sigma
+    return common.lognormal_t(n, sde, mean, std, device=args.device)
+
+
+def retain_loss(args, net, base, sde, x_g):  # <-- 03
+    """Return L_g of each image of a batch x_g (B, C, H, W) of D_g: (B,)."""
+    if args.from_scratch:
+        # A random network has all noise levels to learn. It gets those of 02, and 02's loss:
+        #     L_g = |F - F*|^2 = |z_hat - z|^2 / cos(phi)^2
+        t = common.lognormal_t(len(x_g), sde, **common.TRAINING_NOISE, device=args.device)
+        return common.dsm_loss(net, sde, x_g, t, weight="v")
+    t = common.uniform_t(len(x_g), sde, args.device)
+    if args.retain == "distill":
+        # L_g = |z_hat - z_hat_base|^2, where z_hat_base is the Standard model's estimate. That has
+        # far less chance in it than z, and so has the gradient. But it keeps the score of all data,
+        # D_f included, and not the score of D_g.
+        return common.distill_loss(net, base, sde, x_g, t)
+    # L_g = |z_hat - z|^2 = std^2 |score - score*|^2  with score* = -z / std: the paper's L_g, which
+    # is eq. 7 of Song et al. 2021.
+    return common.dsm_loss(net, sde, x_g, t)
+
+
+def forget_loss(args, net, base, sde, x_f):  # <-- 03
+    """Return L_f of each image of a batch x_f (B, C, H, W) of D_f: (B,).
+
+    SISS is not here, because it needs images of both sets at once: see `objective`.
+    """
     if args.method == "unseen":
         return torch.zeros(len(x_f), device=x_f.device)
     t = forget_times(args, sde, len(x_f))
     if args.method == "ort":
-        return c.ort_loss(net, sde, x_f, t, inner=args.ort == "inner")
+        # L_f = |z_hat o z|^2, as in the authors' code. Only z_hat = 0 makes that 0, so it shrinks
+        # the score. With --ort inner it is D (z_hat . z)^2, which is 0 at every right angle.
+        return common.ort_loss(net, sde, x_f, t, inner=args.ort == "inner")
+    if args.method == "obt":
+        # L_f = max(z_hat . z, -2). For the exact score z_hat . z is 1 - |z_hat - z|^2 on average,
+        # which lies between 0 and 1. Below 0 the angle is obtuse. z_hat . z itself has no minimum,
+        # so z_hat would grow without end: an image that has come to -2 pushes no more.
+        return common.obt_loss(net, sde, x_f, t)
     if args.method == "obt-rel":
-        return c.obt_rel_loss(net, base, sde, x_f, t)
-    return {"obt": c.obt_loss, "ascent": c.ascent_loss, "erasediff": c.erasediff_loss}[args.method](net, sde, x_f, t)
+        # L_f = z_hat . (z - z_hat_base). On average over D_f the bracket is what tells D_f from the
+        # rest:  E[z | x_t, D_f] - z_hat_base = -std grad log p(D_f | x_t).
+        # So L_f turns z_hat away from that, and leaves alone what all images share.
+        return common.obt_rel_loss(net, base, sde, x_f, t)
+    if args.method == "ascent":
+        return ascent_loss(net, sde, x_f, t)
+    return erasediff_loss(net, sde, x_f, t)
 
 
-def retain_loss(args, net, base, sde, x_g):                                                               # <-- 03
-    """L_g on a batch of D_g -> (B,)."""
-    if args.from_scratch:  # a random network has all noise levels to learn: 02's noise and weight
-        return c.dsm_loss(net, sde, x_g, c.lognormal_t(len(x_g), sde, *c.TRAIN_NOISE, args.device), weight="v")
-    t = c.uniform_t(len(x_g), sde, args.device)
-    return c.distill_loss(net, base, sde, x_g, t) if args.retain == "distill" else c.dsm_loss(net, sde, x_g, t)
+def objective(args, net, base, sde, x_g, x_f):  # <-- 03
+    """Return the loss to step on, and L_g and L_f to look at: three numbers.
+
+    x_g and x_f are batches of D_g and of D_f, both (B, C, H, W). `base` is the Standard model. Only
+    obt-rel and --retain distill ask it.
+    """
+    with common.autocast(args.device):  # bfloat16 on a GPU
+        if args.method == "siss":
+            # One x_t serves both losses, so both are computed at once.
+            t = forget_times(args, sde, len(x_f))
+            losses_g, losses_f = siss_losses(net, sde, x_g, x_f, t)  # (B,), (B,)
+        else:
+            losses_g = retain_loss(args, net, base, sde, x_g)  # (B,)
+            losses_f = forget_loss(args, net, base, sde, x_f)  # (B,)
+    loss_g = losses_g.mean()
+    loss_f = losses_f.mean()
+
+    if args.method == "siss" or (args.method == "erasediff" and args.alpha is None):
+        loss = weigh_gradients(args, net, loss_g, loss_f)
+    elif args.method == "unseen":
+        loss = loss_g
+    else:
+        # The paper's objective:  L = alpha L_g + (1 - alpha) L_f
+        loss = args.alpha * loss_g + (1 - args.alpha) * loss_f
+    return loss, loss_g, loss_f
 
 
-def flat_grad(loss, net):
-    """Gradient of a loss by all weights of net, as one vector (P,), for methods that weigh gradients and not losses."""
-    grad = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(net.parameters()), retain_graph=True)])
-    c.average_over_ranks([grad])
+# ---- the rivals' losses --------------------------------------------------------------------------
+
+
+def ascent_loss(net, sde, x0, t, cap=2.0):  # <-- 03
+    """Return L_f of gradient ascent (B,): minus the score matching loss on D_f, with a cap.
+
+    x0   (B, ...) images of D_f
+    t    (B,) their times
+    cap  the largest score matching loss that counts for an image; math.inf: no cap
+
+    The unlearning literature calls this NegGrad. Without the cap alpha L_g + (1 - alpha) L_f is,
+    up to a factor, the loss on D_g minus w times the loss on D_f, with w = (1 - alpha)/alpha. With
+    p_g and p_f the densities of D_g and D_f, its optimum is the score of (p_g - w p_f)/(1 - w). If
+    w is too large, that is below 0 somewhere and no density. Then there is no optimum: hence the
+    cap.
+    """
+    # z_hat = 0 has a loss of 1, and 2 is twice that. An image at the cap has no gradient any more.
+    return -common.dsm_loss(net, sde, x0, t).clamp(max=cap)
+
+
+def erasediff_loss(net, sde, x0, t):  # <-- 03
+    """Return L_f of EraseDiff (Wu et al., CVPR 2025): on D_f the network shall answer nonsense.
+
+    x0  (B, ...) images of D_f
+    t   (B,) their times
+
+    The loss is |z_hat - u|^2 for each image, (B,), with u ~ U(0, 1) drawn afresh. Four versions are
+    in circulation. This is the one for models without classes: Gaussian noise makes x_t, and u has
+    nothing to do with that noise.
+    """
+    _, _, z_hat = common.noised(net, sde, x0, t)
+    u = torch.rand_like(x0)  # nobody can predict u, so its mean is learned: a constant 1/2
+    return common.flat_mean((z_hat - u) ** 2)
+
+
+def siss_losses(net, sde, x_g, x_f, t, mix=0.5):  # <-- 03
+    """Return the losses of SISS (Alberti et al., ICLR 2025): score matching on D_g and on D_f.
+
+    x_g, x_f  (B, ...) images of D_g and of D_f
+    t         (B,) times, one for each pair of them
+    mix       probability that x_t is made from x_f, and not from x_g; their lambda
+
+    Returns two tensors (B,). Both losses come from one x_t, so the network is evaluated once and
+    not twice. Both are unbiased all the same. As in the released code x_g is drawn from D_g. Two
+    scripts of that code draw only t = 999; here all t are drawn.
+    """
+    sigma = common.expand_like(sde.sigma(t), x_g)  # (B,) -> (B, 1, ..., 1)
+    is_from_f = common.expand_like(torch.rand(len(t), device=t.device) < mix, x_g)
+    x_hat = torch.where(is_from_f, x_f, x_g) + sigma * torch.randn_like(x_g)  # x_t / s(t)
+    _, z_hat = common.predict(net, x_hat, sde.sigma(t))
+
+    # The noise that leads from x_g to this x_t, and the noise that leads there from x_f.
+    z_g = (x_hat - x_g) / sigma
+    z_f = (x_hat - x_f) / sigma
+
+    # Let q(x_t | x0) be the density of x_t given the image, N(s x0, std^2 I). It is exp(-|z|^2 / 2)
+    # up to a factor that both images share; here |z|^2 is a sum, not a mean. So
+    #     ln q(x_t | x_f) - ln q(x_t | x_g) = (|z_g|^2 - |z_f|^2) / 2
+    # At low noise that is huge: exp of it would overflow, and a sigmoid cannot.
+    log_ratio = 0.5 * (z_g**2 - z_f**2).flatten(1).sum(1)  # (B, ...) -> (B,)
+    prob_f = torch.sigmoid(log_ratio + math.log(mix / (1 - mix)))  # that x_t came from x_f
+
+    # x_t comes from q_mix = (1 - mix) q(. | x_g) + mix q(. | x_f), and each loss wants it from its
+    # own q. Importance weights make up for that:
+    #     q(x_t | x_g) / q_mix = (1 - prob_f) / (1 - mix),    q(x_t | x_f) / q_mix = prob_f / mix
+    # They are at most 1/(1 - mix) and 1/mix, so no single image can outweigh a batch.
+    losses_g = (1 - prob_f) / (1 - mix) * common.flat_mean((z_hat - z_g) ** 2)
+    losses_f = prob_f / mix * common.flat_mean((z_hat - z_f) ** 2)
+    return losses_g, losses_f
+
+
+def erasediff_weight(grad_g, grad_f, eta):  # <-- 03
+    """Return EraseDiff's weight lambda for the step along grad_g + lambda grad_f, as a tensor ().
+
+    grad_g, grad_f  (P,) gradients of L_g and of L_f by all P weights of the network
+    eta             how fast L_f has to fall
+
+        lambda = max(eta - <grad_g, grad_f>/|grad_f|^2, 0)
+
+    The aim is the least L_g among the minima of L_f. This is the first-order method BOME for it.
+    Where a step along grad_g alone lowers L_f enough, lambda is 0. Elsewhere L_f falls by
+    eta |grad_f|^2 times the learning rate, even where the two gradients conflict. The released code
+    divides by both norms (a cosine), or fixes lambda at 0.1, which is --alpha .909 here.
+    """
+    # <a, b> and |a|^2 are sums over the weights here.
+    return (eta - grad_g @ grad_f / grad_f.square().sum()).clamp(min=0)
+
+
+def weigh_gradients(args, net, loss_g, loss_f):  # <-- 03
+    """Return a loss whose gradient is  grad_g + weight grad_f,  for SISS and for EraseDiff.
+
+    grad_g and grad_f are the gradients of L_g and of L_f by the weights of the network. The weight
+    follows from these gradients, so there is no alpha that would give the same.
+    """
+    grad_g = flat_grad(loss_g, net)
+    grad_f = flat_grad(loss_f, net)
+    if args.method == "siss":
+        # Minus: uphill in the score matching loss of D_f. This part always has the length c.
+        weight = -args.c / grad_f.norm()
+    else:
+        weight = erasediff_weight(grad_g, grad_f, args.eta)
+    return linear_loss(net, grad_g + weight * grad_f)
+
+
+def flat_grad(loss, net):  # <-- 03
+    """Return the gradient of a loss by all P weights of net, as one vector (P,)."""
+    # Both losses of SISS share one graph: it has to last until the second gradient is done.
+    grads = torch.autograd.grad(loss, list(net.parameters()), retain_graph=True)
+    grad = torch.cat([g.flatten() for g in grads])
+    # Each process of torchrun has the gradient of its part of the batch, but the weight has to come
+    # from that of the whole batch. A mean of the processes' weights would be another number.
+    common.average_over_ranks([grad])
     return grad
 
 
-def linear_loss(net, grad):
-    """The loss w . grad, whose gradient is `grad` (P,): hands a gradient made by hand to backward."""
-    return torch.cat([w.flatten() for w in net.parameters()]) @ grad
+def linear_loss(net, grad):  # <-- 03
+    """Return the sum of w grad over the weights w: a loss whose gradient is `grad` (P,).
 
-
-def objective(args, net, base, sde, x_g, x_f):                                                            # <-- 03
-    """-> the loss to step on, L_g, L_f."""
-    with c.autocast(args.device):
-        if args.method == "siss":
-            both = c.siss_losses(net, sde, x_g, x_f, forget_times(args, sde, len(x_f)))
-        else:
-            both = retain_loss(args, net, base, sde, x_g), forget_loss(args, net, base, sde, x_f)
-    loss_g, loss_f = (loss.mean() for loss in both)
-    if args.eta is not None or args.c is not None:
-        g, f = flat_grad(loss_g, net), flat_grad(loss_f, net)
-        weight = -args.c / f.norm() if args.eta is None else c.erasediff_weight(g, f, args.eta)
-        return linear_loss(net, g + weight * f), loss_g, loss_f
-    alpha = 1.0 if args.alpha is None else args.alpha  # unseen: L_g alone
-    return alpha * loss_g + (1 - alpha) * loss_f, loss_g, loss_f  # the paper's objective
-
-
-# ---- measures and pictures ---------------------------------------------------------------------------
-
-
-def draw(net, label, args, sde, judge, shape):
-    """args.n samples, always from the same noise, and the judge's verdict on them."""
-    x = c.sample_images(net, args.n, shape, sde, args.seed, args.nfe, batch=50 if args.quick else 250, device=args.device, label=label)
-    return x, c.judge_images(judge, x)
-
-
-def report(args, before, after, judge, images_g, test_g, forget, classes, seconds):
-    """Print the measures before and after beside the floor: what real images of D_g score -> the content of result.json.
-
-    before is None when there is no Standard model (--from-scratch); its figures are None then.
+    So a gradient that was made by hand reaches the optimizer by way of backward, like any other.
     """
-    real = c.judge_images(judge, images_g[:1000] if args.quick else images_g).features
-    real_test = c.judge_images(judge, test_g[torch.randperm(len(test_g), generator=c.rng(args.seed))[: args.n]])
-    pairs = ((before, None), (after, before or after), (real_test, None))
-    b, a, floor = (c.measure(verdict, forget, real, len(classes), reference) if verdict else {} for verdict, reference in pairs)
-    cell = lambda m, key: f"{m[key]:6.2f}" if m else "     -"
-    print(f"{'':24}before   after   real D_g (floor)")
-    for name, key in (("unlearning ratio, %", "ur"), ("Frechet distance", "fd"), ("judge unsure, %", "low_confidence")):
-        print(f"{name:24}" + "  ".join(cell(m, key) for m in (b, a, floor)))
-    print(f"UR after in [{a['ur_interval'][0]:.2f}, {a['ur_interval'][1]:.2f}] % (95 %, n = {args.n})" + (f"; class_min_ratio {a['class_min_ratio']:.2f}" if b else ""))
-    print(f"class counts before {b.get('class_counts')}\n             after  {a['class_counts']}")
-    return dict(
-        method=args.method, sde=args.sde, forget=[classes[i] for i in forget], alpha=args.alpha,
-        steps=args.steps, n=args.n, sampler=c.SDES[args.sde].sampler, nfe=args.nfe,
-        ur_before=b.get("ur"), ur_after=a["ur"], ur_interval=a["ur_interval"], ur_floor=floor["ur"],
-        fd_before=b.get("fd"), fd_after=a["fd"], fd_floor=floor["fd"], low_confidence_before=b.get("low_confidence"),
-        low_confidence_after=a["low_confidence"], low_confidence_floor=floor["low_confidence"],
-        class_min_ratio=a["class_min_ratio"] if b else None, class_counts=dict(before=b.get("class_counts"), after=a["class_counts"]),
-        seconds=seconds, args=vars(args),
+    weights = torch.cat([w.flatten() for w in net.parameters()])
+    return weights @ grad
+
+
+# ---- the training loop ---------------------------------------------------------------------------
+
+
+def train(args, data, model):
+    """Show the network images to keep and images to forget at random noise levels, again and again.
+
+    Returns L_g and L_f of each step: (steps, 2).
+    """
+    net = model.net
+    base = model.base  # <-- 03
+    sde = model.sde
+    losses = torch.zeros(args.steps, 2, device=args.device)  # L_g, L_f of each step  # <-- 03
+    num_skipped = 0  # steps in a row whose gradient was not finite
+    printed_steps = 0  # how many steps were done when the last line was printed
+    printed_at = time.time()  # when that was, in seconds
+    for step in range(args.steps):
+        net.train()
+        common.set_lr(model.optimizers, step, args.steps, warmup=20)
+        for _ in common.batch_parts(args, step):  # one part, unless --grad-accum or torchrun
+            x_g = data.draw(data.index_g)
+            x_f = data.draw(data.index_f)  # <-- 03
+            loss, loss_g, loss_f = objective(args, net, base, sde, x_g, x_f)  # <-- 03
+            (loss / args.grad_accum).backward()
+            # A tensor: loss.item() would make the CPU wait for the GPU at each step.
+            both = torch.stack([loss_g, loss_f]).detach()  # <-- 03
+            losses[step] += both / args.grad_accum
+        # optimizer.step() and zero_grad(). A gradient that is not finite is dropped.
+        num_skipped = common.guarded_step(net, model.optimizers, num_skipped)
+        model.ema.update(net)
+
+        done = step + 1
+        if done % 50 == 0 or done == args.steps:
+            common.average_over_ranks([losses[printed_steps:done]])  # in place
+            mean_loss_g, mean_loss_f = losses[printed_steps:done].mean(0).tolist()
+            steps_per_second = (done - printed_steps) / (time.time() - printed_at)
+            print_progress(args, done, mean_loss_g, mean_loss_f, steps_per_second)
+            printed_steps = done
+            printed_at = time.time()
+    return losses
+
+
+def print_progress(args, done, mean_loss_g, mean_loss_f, steps_per_second):
+    """Print a line: steps done, their mean losses, time left."""
+    seconds_left = (args.steps - done) / steps_per_second
+    print(
+        f"step {done}/{args.steps}  L_g {mean_loss_g:.4f}  L_f {mean_loss_f:.4f}  "
+        f"ETA {seconds_left:.0f} s",
+        flush=True,
     )
 
 
-def before_after(path, before, after, judge_before, judge_after, classes, forget, columns=8, titles=("before", "after")):
-    """Two grids made from the same noise: bytes (N, C, H, W) twice and their Verdicts.
+# ---- checkpoints ---------------------------------------------------------------------------------
 
-    The judge's class stands in the corner of each image, red when it is to be forgotten; an orange frame marks the images
-    whose class has changed.
+
+def save(path, step, model, args):
+    """Save the average, which 04 and 05 load. A run takes minutes, so there is no --resume."""
+    common.save_checkpoint(
+        path,
+        arch=model.net.arch,
+        ema=model.ema.net.state_dict(),
+        step=step,
+        args=vars(args),
+    )
+
+
+def output_folder(args, forget_names):
+    """Return the folder of this run: out/<dataset>/forget-<names>/<name of the run>."""
+    folder = common.forget_folder(args.out, args.dataset, forget_names)
+    # The two forms of Ort must not overwrite each other.
+    method = "ort-inner" if args.ort == "inner" else args.method
+    return folder / common.run_name(method, args.sde, args.from_scratch, args.seed)
+
+
+# ---- measures and pictures -----------------------------------------------------------------------
+
+
+@dataclass
+class Samples:
+    """What a model has drawn, and what the judge says of it."""
+
+    images: torch.Tensor  # (n, C, H, W) uint8
+    verdict: common.Verdict  # labels, confidence and features of the n images
+
+
+def draw_samples(args, net, sde, judge, shape, label):
+    """Draw args.n images of shape (C, H, W) with a network and judge them; return Samples.
+
+    label  first words of the progress line
+
+    The noise is the same at each call: before and after differ by the networks alone.
     """
-    plt = c.pyplot()
-    n, _, h, w = before.shape
-    rows = -(-n // columns)
-    fig, axes = plt.subplots(1, 2, figsize=(11, 5.5 * rows / columns + 0.4))
-    for ax, images, verdict, title in zip(axes, (before, after), (judge_before, judge_after), titles):
-        ax.imshow(c.tile(images, columns), cmap="gray", vmin=0, vmax=255)
-        ax.axis("off"), ax.set_title(title, fontsize=10)
-        for i in range(n):
-            x, y, label = i % columns * w, i // columns * h, int(verdict.labels[i])
-            color = "#ff4040" if label in forget else "#60c060"
-            ax.text(x + 1, y + 1, c.short(classes[label]), color=color, fontsize=7, va="top", fontweight="bold")
-            if judge_before.labels[i] != judge_after.labels[i]:
-                ax.add_patch(plt.Rectangle((x, y), w - 1, h - 1, fill=False, edgecolor="orange", linewidth=1.2))
-    fig.tight_layout(pad=0.4), fig.savefig(path, dpi=110), plt.close(fig)
+    images = common.sample_images(
+        net,
+        args.n,
+        shape,
+        sde,
+        args.seed,
+        args.nfe,
+        batch=50 if args.quick else 250,
+        device=args.device,
+        label=label,
+    )
+    return Samples(images, common.judge_images(judge, images))
 
 
-def plot_curves(path, rows, title):
-    """Retain and forget loss over the steps: rows of dicts, with a running mean of 20."""
-    plt = c.pyplot()
+def report(args, data, judge, real_g, before, after, seconds):
+    """Measure, print the measures as a table, and return the content of result.json.
+
+    real_g   (N, C, H, W) training images of D_g, with which samples are compared
+    before   Samples of the Standard model, or None; the result then has None for its figures
+    after    Samples of the unlearned model
+    seconds  how long the run has taken so far
+    """
+    row_before, row_after, row_floor = measure_all(args, data, judge, real_g, before, after)
+    print_measures(args, row_before, row_after, row_floor)
+    return {
+        "method": args.method,
+        "sde": args.sde,
+        "forget": data.forget_names,
+        "alpha": args.alpha,
+        "steps": args.steps,
+        "n": args.n,
+        "sampler": common.SDES[args.sde].sampler,
+        "nfe": args.nfe,
+        "ur_before": row_before.get("ur"),
+        "ur_after": row_after["ur"],
+        "ur_interval": row_after["ur_interval"],
+        "ur_floor": row_floor["ur"],
+        "fd_before": row_before.get("fd"),
+        "fd_after": row_after["fd"],
+        "fd_floor": row_floor["fd"],
+        "low_confidence_before": row_before.get("low_confidence"),
+        "low_confidence_after": row_after["low_confidence"],
+        "low_confidence_floor": row_floor["low_confidence"],
+        "class_min_ratio": row_after["class_min_ratio"] if row_before else None,
+        "class_counts": {
+            "before": row_before.get("class_counts"),
+            "after": row_after["class_counts"],
+        },
+        "seconds": seconds,
+        "args": vars(args),
+    }
+
+
+def measure_all(args, data, judge, real_g, before, after):
+    """Measure the samples before, the samples after, and real test images of D_g: three dicts.
+
+    The arguments are those of `report`. The first dict is empty if there is no Standard model. The
+    third holds the floors. No model can hope to do better than as many real images: the judge
+    makes mistakes, and a distance between finite sets is not 0.
+    """
+    num_classes = len(data.class_names)
+    real_features = common.judge_images(judge, real_g).features
+
+    def measure(verdict, standard):
+        return common.measure(verdict, data.forget_classes, real_features, num_classes, standard)
+
+    row_before = {}
+    # Without a Standard model the samples are compared with themselves. The class_min_ratio that
+    # comes of it means nothing, and `report` drops it.
+    standard = after.verdict
+    if before is not None:
+        row_before = measure(before.verdict, None)
+        standard = before.verdict
+    row_after = measure(after.verdict, standard)
+    real_test = common.random_subset(data.test_g, args.n, args.seed)
+    row_floor = measure(common.judge_images(judge, real_test), None)
+    return row_before, row_after, row_floor
+
+
+def print_measures(args, row_before, row_after, row_floor):
+    """Print the measures as a table. Read them together: common.measure says why."""
+    names = {
+        "ur": "unlearning ratio, %",
+        "fd": "Frechet distance",
+        "low_confidence": "judge unsure, %",
+    }
+    print(f"{'':24}before   after   real D_g (floor)")
+    for key, name in names.items():
+        rows = (row_before, row_after, row_floor)
+        cells = [f"{row[key]:6.2f}" if row else "     -" for row in rows]
+        print(f"{name:24}" + "  ".join(cells))
+
+    low, high = row_after["ur_interval"]
+    ratio_text = f"; class_min_ratio {row_after['class_min_ratio']:.2f}" if row_before else ""
+    print(f"UR after in [{low:.2f}, {high:.2f}] % (95 %, n = {args.n}){ratio_text}")
+    print(f"class counts before {row_before.get('class_counts')}")
+    print(f"             after  {row_after['class_counts']}")
+
+
+def before_after(path, data, before, after, num_images=64, columns=8):
+    """Save a picture of samples before (left) and after (right), made from the same noise.
+
+    before, after  Samples; without a Standard model before is None, and both sides show `after`
+    num_images     how many at most on each side
+    columns        how many of them in a row
+
+    The judge's class stands in the corner of each image, red when it is to be forgotten. An orange
+    frame marks the images whose class has changed.
+    """
+    plt = common.pyplot()
+    left_title = "before"
+    if before is None:
+        before = after
+        left_title = "after"
+    num_images, _, height, width = after.images[:num_images].shape  # there may be fewer
+    has_changed = before.verdict.labels != after.verdict.labels
+
+    num_rows = math.ceil(num_images / columns)
+    fig, axes = plt.subplots(1, 2, figsize=(11, 5.5 * num_rows / columns + 0.4))
+    for ax, samples, name in zip(axes, (before, after), (left_title, "after")):
+        # (n, C, H, W) -> (rows*H, columns*W, 3)
+        ax.imshow(common.tile(samples.images[:num_images], columns))
+        ax.axis("off")
+        ax.set_title(name, fontsize=10)
+        for i in range(num_images):
+            left = i % columns * width
+            top = i // columns * height
+            label = int(samples.verdict.labels[i])
+            is_forgotten = label in data.forget_classes
+            common.label_corner(ax, left, top, data.class_names[label], is_forgotten)
+            if has_changed[i]:
+                corner = (left, top)
+                frame = {"fill": False, "edgecolor": "orange", "linewidth": 1.2}
+                ax.add_patch(plt.Rectangle(corner, width - 1, height - 1, **frame))
+    fig.tight_layout(pad=0.4)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def plot_curves(path, losses, title):
+    """Save a plot of L_g and of L_f, each with a running mean of 20 steps.
+
+    losses  (steps, 2): L_g and L_f of each step
+    """
+    plt = common.pyplot()
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.2))
-    for ax, i, name in zip(axes, ("loss_g", "loss_f"), ("retain loss L_g", "forget loss L_f")):
-        y = np.array([r[i] for r in rows])
-        k = min(20, len(y))
-        ax.plot(y, color="0.8"), ax.plot(np.arange(k - 1, len(y)), np.convolve(y, np.ones(k) / k, "valid"))
-        ax.set_xlabel("step"), ax.set_title(name, fontsize=10)
-    fig.suptitle(title, fontsize=10), fig.tight_layout()
-    fig.savefig(path, dpi=100), plt.close(fig)
+    names = ("retain loss L_g", "forget loss L_f")
+    for ax, curve, name in zip(axes, losses.T.cpu().numpy(), names):
+        window = min(20, len(curve))
+        # "valid": a mean only where the window is full, so it starts at step window - 1.
+        mean = np.convolve(curve, np.ones(window) / window, "valid")
+        ax.plot(curve, color="0.8")
+        ax.plot(np.arange(window - 1, len(curve)), mean)
+        ax.set_xlabel("step")
+        ax.set_title(name, fontsize=10)
+    fig.suptitle(title, fontsize=10)
+    fig.tight_layout()
+    fig.savefig(path, dpi=100)
+    plt.close(fig)
 
 
-# ---- the story ---------------------------------------------------------------------------------------
+def write_log(path, losses):
+    """Write L_g and L_f of each step, losses (steps, 2), as lines of JSON."""
+    with path.open("w") as log:
+        for i, (loss_g, loss_f) in enumerate(losses.tolist()):
+            line = {"step": i + 1, "loss_g": loss_g, "loss_f": loss_f}
+            log.write(json.dumps(line) + "\n")
 
 
-def models(args, shape):                                                                                     # <-- 03
-    """The Standard model (None where there is none and none is needed), and the network to train: its copy, or random weights."""
-    path, make = c.find_base(args.out, args.dataset)
-    if not path.exists() and not args.from_scratch:
-        c.die(f"{path} not found; make it with: {make}, or do without a Standard model: --from-scratch --method ort | obt")
-    base, recipe = c.load_net(path, make, args.device) if path.exists() else None, c.RECIPES[args.dataset]
-    weights = "  ".join(f"{k} {v:.4g}" for k, v in vars(args).items() if k in ("alpha", "kappa", "eta", "c", "lr", "steps") and v is not None)
-    print(f"base: {path if base else 'none'}; sde {args.sde}, method {args.method}{', from scratch' * args.from_scratch}; {weights}")
-    fresh = (base.arch if base else recipe["net"] | dict(sd=recipe["sd"])) | (dict(width=32) if args.quick else {})
-    net = c.UNet(**fresh).to(args.device) if args.from_scratch else copy.deepcopy(base)
-    print(f"model: {c.count(net, shape)}")
-    return base, net
+# ---- the story -----------------------------------------------------------------------------------
 
 
 def main(argv=None):
-    args, start = arguments(argv), time.time()
+    """Make a model forget, and measure what that has done and what it has cost."""
+    args = arguments(argv)
+    start = time.time()
 
-    # ---- data: D_g to keep and D_f to forget, as indices into one tensor                                # <-- 03
-    data, test = (c.load_dataset(args.dataset, args.data_dir, part, args.forget) for part in (True, False))
-    is_f, forget = c.split_forget(data, args.forget)
-    images, in_g, in_f = data.images.to(args.device), *(torch.where(m)[0].to(args.device) for m in (~is_f, is_f))
-    test_g, shape, flip = test.images[~c.split_forget(test, args.forget)[0]], images.shape[1:], c.RECIPES[args.dataset]["flip"]
-    names = [data.classes[i] for i in forget]
-    print("forgetting " + ", ".join(f"class {i} '{data.classes[i]}'" for i in forget) + f": {len(in_f):,} images; keeping {len(in_g):,}")
-    if args.method == "obt-rel":
-        print("obt-rel: ours, not the paper's; the paper's: --method ort | obt")
-        if args.alpha is None:
-            args.alpha = 1 / (1 + 2 * args.kappa * len(in_f) / len(in_g))  # kappa = (1-alpha) pi_g / (2 alpha pi_f), solved for alpha
+    # ---- data: D_g to keep and D_f to forget, as indices into one tensor of bytes  # <-- 03
+    train_set, test_set = common.load_train_and_test(args.dataset, args.data_dir, args.forget)
+    data = split_data(args, train_set, test_set)
+    set_alpha(args, data)  # <-- 03
 
-    # ---- model: a copy of the Standard model, which itself stays as obt-rel's reference                 # <-- 03
-    base, net = models(args, shape)
-    judge, size, sde = c.load_judge(args, data, names), c.part_size(args), c.SDES[args.sde]()
-    adam, ema = [torch.optim.Adam(net.parameters(), args.lr, betas=(0.9, 0.99), fused=True)], c.EMA(net, args.ema)
-    optimizers = c.muon_and_adam(net, args.lr) if args.from_scratch else adam
-    if args.compile:
-        net.compile()
-    run = c.run_name("ort-inner" if args.ort == "inner" else args.method, args.sde, args.from_scratch, args.seed)
+    # ---- model: a copy of the Standard model, which itself stays as obt-rel's reference  # <-- 03
+    shape = data.images.shape[1:]
+    model = make_model(args, shape)
+    judge = common.load_judge(args, train_set, data.forget_names)
 
-    with c.fresh_folder(folder := c.forget_folder(args.out, args.dataset, names) / run) as out:
-        x_before, before = draw(base, "samples before", args, sde, judge, shape) if base else (None, None)
+    # fresh_folder: if this run fails, the folder of an earlier one stays as it was.
+    folder = output_folder(args, data.forget_names)
+    with common.fresh_folder(folder) as out:
+        before = None
+        if model.base is not None:
+            before = draw_samples(args, model.base, model.sde, judge, shape, "samples before")
 
         # ---- loop
-        shown, t0, skipped, rows = 0, time.time(), 0, []  # rows: (L_g, L_f) of each step
-        for step in range(args.steps):
-            net.train()
-            c.set_lr(optimizers, step, args.steps, warmup=20)
-            both = torch.zeros(2, device=args.device)
-            for _ in c.batch_parts(args, step):  # one, unless --grad-accum or torchrun
-                x_g, x_f = (c.draw_batch(images, index, size, flip, args.device) for index in (in_g, in_f))  # <-- 03
-                loss, loss_g, loss_f = objective(args, net, base, sde, x_g, x_f)                          # <-- 03
-                (loss / args.grad_accum).backward()
-                both += torch.stack([loss_g.detach(), loss_f.detach()]) / args.grad_accum
-            skipped = c.guarded_step(net, optimizers, skipped)
-            ema.update(net)
-            rows.append(both)
-
-            if (done := step + 1) % 50 == 0 or done == args.steps:
-                c.average_over_ranks(rows[shown:])
-                (g, f), eta = torch.stack(rows[shown:]).mean(0).tolist(), (args.steps - done) * (time.time() - t0) / (done - shown)
-                print(f"step {done}/{args.steps}  L_g {g:.4f}  L_f {f:.4f}  ETA {eta:.0f} s", flush=True)
-                shown, t0 = done, time.time()
-        rows = [dict(step=i + 1, loss_g=g, loss_f=f) for i, (g, f) in enumerate(torch.stack(rows).tolist())]
-        (out / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-        c.save_checkpoint(out / "model.pt", arch=net.arch, ema=ema.net.state_dict(), step=args.steps, args=vars(args))
+        losses = train(args, data, model)
 
         # ---- outputs
-        x_after, after = draw(ema.net, "samples after", args, sde, judge, shape)
-        result = report(args, before, after, judge, data.images[~is_f], test_g, forget, data.classes, time.time() - start)
+        write_log(out / "log.jsonl", losses)
+        save(out / "model.pt", args.steps, model, args)
+        after = draw_samples(args, model.ema.net, model.sde, judge, shape, "samples after")
+        real_g = common.reference_images(train_set.images[data.index_g.cpu()], args.quick)
+        result = report(args, data, judge, real_g, before, after, time.time() - start)
         (out / "result.json").write_text(json.dumps(result, indent=1))
-        first, verdict, title = (x_before, before, "before") if base else (x_after, after, "after")
-        before_after(out / "before_after.png", first[:64], x_after[:64], verdict, after, data.classes, forget, titles=(title, "after"))
-        plot_curves(out / "curves.png", rows, f"{args.method}, forget {' '.join(args.forget)}, {args.sde}")
-    print(f"{time.time() - start:.0f} s; wrote {folder}/; next: look at {folder / 'before_after.png'}")
+        before_after(out / "before_after.png", data, before, after)
+        title = f"{args.method}, forget {' '.join(args.forget)}, {args.sde}"
+        plot_curves(out / "curves.png", losses, title)
+    picture = folder / "before_after.png"
+    print(f"{time.time() - start:.0f} s; wrote {folder}/; next: look at {picture}")
 
 
 if __name__ == "__main__":
-    c.run(main)
+    common.run(main)

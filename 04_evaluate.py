@@ -1,23 +1,34 @@
 """04  Evaluate: every model that should have forgotten, measured alike.
 
-    python 04_evaluate.py --dataset mnist --forget 3                     # every run of 03 for this class, Standard, Unseen
-    python 04_evaluate.py --dataset mnist --forget 3 --relearn           # and attack: how soon does the class come back?
-    python 04_evaluate.py --dataset mnist --forget 3 --fid --inception-weights pt_inception-2015-12-05-6726825d.pth
+    # every run of 03 for this class, Standard, Unseen
+    python 04_evaluate.py --dataset mnist --forget 3
+    # and attack: how soon does the class come back?
+    python 04_evaluate.py --dataset mnist --forget 3 --relearn
+    # the standard FID too; without the last flag torch-fidelity downloads the file
+    python 04_evaluate.py --dataset mnist --forget 3 --fid \\
+        --inception-weights pt_inception-2015-12-05-6726825d.pth
 
 Question: did it forget, what did that cost, and is the class gone or only hidden?
-Answer:   no single number says so, because each can be cheated: noise has an unlearning ratio near 0, one digit drawn over and over has
-          a sure judge, and likelihood may fall where nothing is ever drawn.  So all of them, side by side, with what real images score.
+Answer:   no single number says so, because each can be cheated. Noise has an unlearning ratio
+          near 0. One digit drawn over and over has a sure judge. Likelihood may fall where nothing
+          is ever drawn. So all of them stand side by side, with what real images score.
 
-All models get the same noise, sampler, SDE, n and judge, whatever SDE they were unlearned with: one network serves every SDE (common.py,
-section 4), so --sde belongs to the test.  Standard is measured without the samples that count as D_f, the others on as many.
-Writes out/<dataset>/forget-<names>/: table.md, table.json, samples.png, classes.png; --relearn: relearn.json, relearn.png.  kept/ holds
-what is finished, and a run that was stopped goes on from there; delete it to measure again.
+All models get the same noise, sampler, SDE, n and judge, whatever SDE they were unlearned with.
+This is possible because one network serves every SDE (common.py, section 2), so --sde belongs to
+the test. Standard is measured without the samples that count as D_f, the others on as many.
+
+Writes into out/<dataset>/forget-<names>/: table.md, table.json, samples.png and classes.png; with
+--relearn also relearn.json and relearn.png. The folder kept/ in there holds what is finished, and a
+run that was stopped goes on from there. Delete kept/ to measure again.
 
 Predict, then run:
-  1. Which model gives the 3s of the test set the worst likelihood, and is it the one that draws the fewest?
-  2. A method that answers every 3 with one and the same 8: which columns show it?     (classes.png)
-  3. Fine-tuned on one single 3, does a model draw 3s again, or that 3?                (--relearn 1)
+  1. Which model gives the 3s of the test set the worst likelihood, and is it the one that draws
+     the fewest?
+  2. A method that answers every 3 with one and the same 8: which columns show it?   (classes.png)
+  3. Fine-tuned on one single 3, does a model draw 3s again, or that 3?              (--relearn 1)
 """
+
+import argparse
 import copy
 import hashlib
 import importlib.util
@@ -25,276 +36,986 @@ import json
 import math
 import os
 import time
-from collections import namedtuple
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-import common as c
+import common
 
-# ---- arguments ---------------------------------------------------------------------------------------
+NLL_BATCH = 64  # images whose likelihood is computed at once
+NLL_CHECK = 16  # images of D_g, and as many of D_f, that are computed again with twice the steps
+
+# ---- arguments -----------------------------------------------------------------------------------
+
+
 def arguments(argv):
-    p = c.parser(__doc__, rk4=None, levels=None)  # these two have no flag
-    p.add_argument("--forget", nargs="+", metavar="CLASS", help="names of the classes that were forgotten, as in 03 (no default)")
-    p.add_argument("--sde", choices=list(c.SDES), default="vp", help="for all models alike: where sampling starts and likelihood ends")
-    p.add_argument("--n", type=c.number(int, 20), help="samples a model")
-    p.add_argument("--nfe", type=c.number(int, 2), help="network evaluations a sample")
-    p.add_argument("--nll", choices=["ode", "bound", "none"], default="ode", help="ode: RK4, with the bound beside it")
-    p.add_argument("--n-nll", type=c.number(int, 2), help="test images of D_g and of D_f each for the likelihood")
-    p.add_argument("--fid", action="store_true", help="also the standard FID; needs torch-fidelity")
-    p.add_argument("--inception-weights", metavar="PATH", help="--fid without network: the file of Inception's weights, which you trust")
-    p.add_argument("--relearn", nargs="*", type=c.number(int, 1), metavar="K", help="attack: --steps steps on K images of D_f (1 10 100)")
-    args = p.parse_args(argv)
-    if not args.forget:
-        c.die("--forget is missing: name what was forgotten, e.g. python 04_evaluate.py --dataset mnist --forget 3")
-    if args.fid and not importlib.util.find_spec("torch_fidelity"):  # now, not after the sampling
-        c.die("--fid needs one package more: pip install torch-fidelity (or drop --fid: FD needs nothing)")
+    """Read the command line and fill in what it leaves open.
+
+    Exits with one line if something is missing that a flag needs.
+    """
+    # Two settings have no flag, they only differ between --quick and a full run: rk4, the steps of
+    # the ODE's likelihood, and levels, the noise levels of the bound.
+    parser = common.parser(__doc__, rk4=None, levels=None)
+    common.add_forget(parser, "04_evaluate.py", "that were forgotten")
+    parser.add_argument(
+        "--sde",
+        choices=list(common.SDES),
+        default="vp",
+        help="for all models alike: where sampling starts and likelihood ends",
+    )
+    parser.add_argument("--n", type=common.number(int, 20), help="samples a model")
+    parser.add_argument("--nfe", type=common.number(int, 2), help="network evaluations a sample")
+    parser.add_argument(
+        "--nll",
+        choices=["ode", "bound", "none"],
+        default="ode",
+        help="ode: RK4, with the bound beside it",
+    )
+    parser.add_argument(
+        "--n-nll",
+        type=common.number(int, 2),
+        help="test images of D_g and of D_f each for the likelihood",
+    )
+    parser.add_argument(
+        "--fid", action="store_true", help="also the standard FID; needs torch-fidelity"
+    )
+    parser.add_argument(
+        "--inception-weights",
+        metavar="PATH",
+        help="--fid without network: the file of Inception's weights, which you trust",
+    )
+    parser.add_argument(
+        "--relearn",
+        nargs="*",
+        type=common.number(int, 1),
+        metavar="K",
+        help="attack: --steps steps on K images of D_f (1 10 100)",
+    )
+    args = parser.parse_args(argv)
+
+    # Look now for what --fid needs: the sampling that comes before it can take hours.
+    if args.fid and not importlib.util.find_spec("torch_fidelity"):
+        common.exit_with_error(
+            "--fid needs one package more: pip install torch-fidelity "
+            "(or drop --fid: FD needs nothing)"
+        )
     if args.inception_weights and not Path(args.inception_weights).is_file():
-        c.die(f"--inception-weights {args.inception_weights} not found; drop the flag and torch-fidelity downloads the file")
-    full = dict(n=2000, nfe=c.SDES[args.sde].nfe, n_nll=128, rk4=16, levels=64, steps=50, batch_size=64, lr=3e-4)
-    return c.finish_args(args, full, quick=dict(n=60, nfe=6, n_nll=4, rk4=3, levels=8, steps=3, batch_size=8))
+        common.exit_with_error(
+            f"--inception-weights {args.inception_weights} not found; "
+            "drop the flag and torch-fidelity downloads the file"
+        )
+
+    full = {
+        "n": 2000,
+        "nfe": common.SDES[args.sde].nfe,
+        "n_nll": 128,
+        "rk4": 16,
+        "levels": 64,
+        # The last three are for --relearn: how the attacker trains.
+        "steps": 50,
+        "batch_size": 64,
+        "lr": 3e-4,
+    }
+    quick = {"n": 60, "nfe": 6, "n_nll": 4, "rk4": 3, "levels": 8, "steps": 3, "batch_size": 8}
+    return common.finish_args(args, full, quick)
 
 
-# ---- which models, and what is done already ----------------------------------------------------------
-Model = namedtuple("Model", "name net trained digest")  # trained: the args of its run; digest: of its file
-Desk = namedtuple("Desk", "args folder sde judge forget classes images_g real todo")  # what all models share; real: D_g's features
+def relearn_counts(args):
+    """List how many images of D_f the attacker has, one number per attack: [] without --relearn."""
+    if args.relearn is None:
+        return []
+    return args.relearn or [1, 10, 100]  # --relearn without a number is an empty list
 
 
-def find_models(args, names, folder):
-    """Standard, Unseen from scratch where there is one, and every finished run of 03 -> list of Model; exits when none has run."""
-    make = f"python 03_unlearn.py --dataset {args.dataset} --forget {' '.join(names)}" + (f" --out {args.out}" if args.out != "out" else "")
-    runs = c.find_runs(folder, make)
+# ---- the images, and which models there are ------------------------------------------------------
+
+
+class Images(NamedTuple):
+    """The images of one evaluation, uint8 (N, C, H, W): D_g is kept, D_f was to be forgotten."""
+
+    train_g: torch.Tensor  # what samples are compared with
+    train_f: torch.Tensor  # what the attacker relearns from
+    test_g: torch.Tensor  # for the likelihood, and measured like the samples of a perfect model
+    test_f: torch.Tensor  # for the likelihood, and to see how many of them the judge recognises
+
+
+def split_images(train, test, args):
+    """Split training and test images into D_g and D_f.
+
+    train, test  the two Datasets
+
+    Returns Images and the list of the forget classes' indices. Under --quick train_g is only the
+    first 1000. Exits with one line if a class is unknown.
+    """
+    # (N,) bool masks: True for the images of D_f.
+    train_forgotten, forget = common.split_forget(train, args.forget)
+    test_forgotten, _ = common.split_forget(test, args.forget)
+    images = Images(
+        train_g=common.reference_images(train.images[~train_forgotten], args.quick),
+        train_f=train.images[train_forgotten],
+        test_g=test.images[~test_forgotten],
+        test_f=test.images[test_forgotten],
+    )
+    return images, forget
+
+
+def draw_nll_images(images, args):
+    """Choose the test images for the likelihood and dequantise them.
+
+    Returns (2n, C, H, W) real numbers on args.device: n images of D_g, then n of D_f.
+
+    Call this before any network is built. Dequantising draws noise from the global generator, which
+    `arguments` has just seeded, and a new network draws its weights from there too. A likelihood is
+    found in kept/ by its seed, so the same seed must always mean the same images.
+    """
+    # As many of D_g as of D_f, so that both means are known equally well.
+    n = min(args.n_nll, len(images.test_g), len(images.test_f))
+    chosen_g = common.random_subset(images.test_g, n, args.seed)
+    chosen_f = common.random_subset(images.test_f, n, args.seed)
+    return common.dequantize(torch.cat([chosen_g, chosen_f])).to(args.device)
+
+
+class Model(NamedTuple):
+    """A network to measure, and where it comes from."""
+
+    name: str  # of its folder, or "standard"
+    net: common.UNet  # in eval mode, its weights frozen
+    trained: dict  # arguments of the run that made it
+    digest: str  # SHA-256 of its file: tells new weights from old ones under the same name
+
+
+def find_models(args, forget_names, folder):
+    """Load the Standard model and every finished run for these classes, as a list of Model.
+
+    folder  out/<dataset>/forget-<names>, which holds the runs
+
+    Standard comes first, then Unseen where there is one, then the others by name. Exits with one
+    line that names the command to run when nothing has been unlearned yet.
+    """
+    command = f"python 03_unlearn.py --dataset {args.dataset} --forget {' '.join(forget_names)}"
+    if args.out != "out":
+        command += f" --out {args.out}"
+    runs = common.find_runs(folder, command)
     if not runs:
-        c.die(f"no unlearned model in {folder}; make one with: {make}")
-    base, train = c.find_base(args.out, args.dataset)
-    found = [("standard", base, train, c.load_checkpoint(base, train).get("args", {}))]
-    found += [(p.parent.name, p, make, runs[p]) for p in sorted(runs, key=lambda p: (runs[p]["method"] != "unseen", p))]  # Unseen first: the yardstick
-    layout = torch.channels_last if args.device == "cpu" else torch.preserve_format  # 1.2 x as fast with AVX2; CUDA would need --compile
-    load = lambda path, command: c.load_net(path, command, args.device).requires_grad_(False).to(memory_format=layout)
-    return [Model(name, load(path, command), trained, hashlib.sha256(path.read_bytes()).hexdigest()) for name, path, command, trained in found]
+        common.exit_with_error(f"no unlearned model in {folder}; make one with: {command}")
+
+    base_path, base_command = common.find_base(args.out, args.dataset)
+    # The Standard model may come without its arguments: the row then says None.
+    base_args = common.load_checkpoint(base_path, base_command).get("args", {})
+    models = [load_model(args, "standard", base_path, base_command, base_args)]
+
+    def unseen_first(path):
+        # False sorts before True: Unseen comes first, as the yardstick, and the rest goes by path.
+        return (runs[path]["method"] != "unseen", path)
+
+    for path in sorted(runs, key=unseen_first):
+        models.append(load_model(args, path.parent.name, path, command, runs[path]))
+    return models
 
 
-def kept(desk, name, key, cost, compute):
-    """compute(label) -> dict, or what an earlier run left in kept/ with the same key.  cost: network evaluations, for the ETA."""
-    path, todo = c.make_folder(desk.folder / "kept") / f"{name}.pt", desk.todo
+def load_model(args, name, path, command, trained):
+    """Load one checkpoint as a Model, with its network on args.device.
+
+    command  the command that makes the file, for error messages
+    trained  arguments of the run that made it
+    """
+    # Frozen: the likelihood needs gradients with respect to the images. Gradients with respect to
+    # the weights would only cost memory.
+    net = common.load_net(path, command, args.device).requires_grad_(False)
+    if args.device == "cpu":
+        # 1.2 times as fast with AVX2. On CUDA this layout only pays with --compile.
+        net = net.to(memory_format=torch.channels_last)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Model(name=name, net=net, trained=trained, digest=digest)
+
+
+# ---- what is done already, and how far we are ----------------------------------------------------
+
+
+@dataclass
+class Progress:
+    """How far the evaluation is, counted in network evaluations: they take nearly all the time."""
+
+    total: int  # network evaluations that this run has to do
+    done: int = 0  # those that it has done
+    start: float = field(default_factory=time.time)  # in seconds
+
+    def skip(self, cost):
+        """Take work off the total that an earlier run has done already."""
+        # It is not added to `done`: it took no time, so the speed would seem higher than it is.
+        self.total -= cost
+
+    def advance(self, cost):
+        """Count work that was done just now."""
+        self.done += cost
+
+    def label(self, name):
+        """Return the beginning of a progress line, e.g. " 42 %, ETA 7 min  ort-vp.samples"."""
+        percent = 100 * self.done / self.total
+        if self.done == 0:
+            # Nothing has been timed yet, so there is no speed to go by.
+            return f"{percent:3.0f} %, ETA after the first  {name}"
+        seconds_so_far = time.time() - self.start
+        # The work still to do over the work done, at the speed so far.
+        seconds_left = seconds_so_far * (self.total / self.done - 1)
+        return f"{percent:3.0f} %, ETA {seconds_left / 60:.0f} min  {name}"
+
+
+def nll_cost_per_image(args):
+    """Count the network evaluations that the likelihood of one image takes."""
+    if args.nll == "none":
+        return 0
+    if args.nll == "bound":
+        return args.levels
+    # RK4 evaluates the network four times a step, and a backward pass for the trace doubles that.
+    # The few images that are computed a second time (NLL_CHECK) are left out.
+    return args.levels + 8 * args.rk4
+
+
+def total_cost(args, num_models, num_nll_images):
+    """Count the network evaluations of the whole evaluation."""
+    sample_cost = args.n * args.nfe
+    model_cost = sample_cost + num_nll_images * nll_cost_per_image(args)
+    # An attack trains for a moment only: nearly all its time goes into sampling again.
+    attack_cost = len(relearn_counts(args)) * sample_cost
+    # All models but the Standard model are attacked.
+    return num_models * model_cost + (num_models - 1) * attack_cost
+
+
+@dataclass
+class Setup:
+    """What all models share, so that two rows of a table differ by the weights alone."""
+
+    args: argparse.Namespace
+    folder: Path  # out/<dataset>/forget-<names>
+    sde: common.SDE
+    judge: common.Judge
+    forget: list  # indices of the classes to forget
+    classes: list  # names of all classes
+    real_images: torch.Tensor  # (N, C, H, W) uint8, training images of D_g
+    real_features: torch.Tensor  # (N, d) what the judge makes of them
+    progress: Progress
+
+
+def cached(setup, name, key, cost, compute):
+    """Return the result of `compute`, or that of an earlier run which had the same key.
+
+    name     of the file in kept/, without .pt
+    key      dict of all settings that the result depends on; any change means a new computation
+    cost     network evaluations that `compute` needs, for the time that is left
+    compute  function of a progress label that returns a dict of tensors and plain values
+    """
+    path = common.make_folder(setup.folder / "kept") / f"{name}.pt"
+    result = read_cache(path, key)
+    if result is not None:
+        setup.progress.skip(cost)
+        return result
+
+    result = compute(setup.progress.label(name))
+    # Save at once, model by model: a run that is stopped loses only what it was just computing.
+    common.save_checkpoint(path, key=key, **result)
+    setup.progress.advance(cost)
+    return result
+
+
+def read_cache(path, key):
+    """Return the dict that was saved in `path` with this key, or None if there is no such dict."""
     try:
         content = torch.load(path, weights_only=True)
-        if content["key"] == key:
-            todo["total"] -= cost
-            return content
-    except Exception:  # absent or damaged: half a dozen types, one remedy
-        pass
-    left = f"{(time.time() - todo['start']) * (todo['total'] / todo['done'] - 1) / 60:.0f} min" if todo["done"] else "after the first"
-    content = compute(f"{100 * todo['done'] / todo['total']:3.0f} %, ETA {left}  {name}")
-    c.save_checkpoint(path, key=key, **content)
-    todo["done"] += cost
-    return content
+        saved_key = content.pop("key")
+    except Exception:  # absent, cut off, another format: many exception types, one remedy
+        return None
+    return content if saved_key == key else None
 
 
-# ---- measures that 03 has not ------------------------------------------------------------------------
-@torch.no_grad()
-def nll_bound(net, x, sigma_min=0.001, sigma_max=152.0, levels=64, generator=None):
-    """Forward-only upper bound of -ln p in nats (B,), of points or images x (B, ...) on the scale of dequantize.
+# ---- samples and their measures ------------------------------------------------------------------
 
-        D/2 ln(2 pi e sigma_min^2) + INT E_z |z - z_hat(x + sigma z)|^2 d ln sigma + |x|^2 / (2 sigma_max^2)
 
-    The divergence of N(x, sigma^2 I) from the model falls by E|z - z_hat|^2 for each d ln sigma, so the integral and the prior's
-    share are that divergence at sigma_min; the first term, an entropy, makes it E_z[-ln p(x + sigma_min z)].  That is exact for an
-    exact score, else too high (Song et al. 2021, arXiv 2101.09258).  `levels` forwards, stratified in ln sigma; no ODE, no probe.
+def sample(setup, model, name="samples", tune=None, **more_key):
+    """Draw args.n samples from a model, with the noise that all models share, and judge them.
+
+    name      second half of the name of the file in kept/; the first half is the model's name
+    tune      function of the network that returns a changed copy, to be sampled in its place
+    more_key  settings of `tune`: a change of one of them means new samples
+
+    Returns a dict: images (n, C, H, W) uint8, seconds that the sampling took, and verdict, the
+    judge's Verdict on them.
     """
-    low, width, integral = math.log(sigma_min), math.log(sigma_max / sigma_min), 0.0
-    for i in range(levels):
-        u, z = torch.rand(len(x), generator=generator).to(x), torch.randn(x.shape, generator=generator).to(x)
-        sigma = torch.exp(low + width * (i + u) / levels)
-        integral = integral + (z - c.predict(net, x + c.bcast(sigma, x) * z, sigma)[1]).flatten(1).square().sum(1) * width / levels
-    return x[0].numel() * (0.5 * math.log(2 * math.pi * math.e) + low) + integral + x.flatten(1).square().sum(1) / (2 * sigma_max**2)
+    args = setup.args
+
+    def compute(label):
+        net = model.net
+        if tune is not None:
+            net = tune(net)
+        start = time.time()  # after tuning: the column "seconds" is for the sampling alone
+        images = common.sample_images(
+            net,
+            args.n,
+            setup.real_images.shape[1:],  # (C, H, W)
+            setup.sde,
+            args.seed,
+            args.nfe,
+            batch=50 if args.quick else 250,
+            device=args.device,
+            label=label,
+        )
+        return {"images": images, "seconds": time.time() - start}
+
+    key = {
+        "weights": model.digest,
+        "sampler": setup.sde.sampler,
+        "sde": args.sde,
+        "n": args.n,
+        "nfe": args.nfe,
+        "seed": args.seed,
+        **more_key,
+    }
+    drawn = cached(setup, f"{model.name}.{name}", key, args.n * args.nfe, compute)
+    # Only the images are kept. The judge is quick, and another judge must not find old verdicts.
+    return {**drawn, "verdict": common.judge_images(setup.judge, drawn["images"])}
+
+
+def judged(setup, images):
+    """Judge images (n, C, H, W), and return both in a dict like that of `sample`."""
+    return {"images": images, "verdict": common.judge_images(setup.judge, images)}
+
+
+def measures(setup, drawn, standard):
+    """Measure one set of samples in all ways, against the training images of D_g: a dict.
+
+    drawn     what `sample` or `judged` has returned
+    standard  what `sample` has returned for the Standard model
+
+    To measure the Standard model itself, pass the same object as both. The dict is that of
+    common.measure with three more entries: density, coverage and (only with --fid) fid.
+    """
+    is_standard = drawn is standard  # `is`, not ==: another model may have drawn equal samples
+    standard_forgotten = torch.isin(standard["verdict"].labels, torch.tensor(setup.forget))
+    num_compared = int((~standard_forgotten).sum())
+
+    def comparable(items):
+        # The Standard model is meant to draw D_f, so these samples must not count against it. From
+        # every other model take as many samples, D_f or not: most measures depend on the number.
+        return items[~standard_forgotten] if is_standard else items[:num_compared]
+
+    result = common.measure(
+        drawn["verdict"],
+        setup.forget,
+        setup.real_features,
+        len(setup.classes),
+        None if is_standard else standard["verdict"],
+    )
+
+    # As many real images as samples: what coverage has to be for a perfect model depends on both
+    # numbers (see density_coverage), and the full set would also make a large matrix of distances.
+    # 3 is the number of this random stream; 1 and 2 are in nll_in_nats.
+    real = common.random_subset(setup.real_features, num_compared, setup.args.seed, 3)
+    density, coverage = density_coverage(real, comparable(drawn["verdict"].features))
+    result["density"] = density
+    result["coverage"] = coverage
+    if setup.args.fid:
+        cache = setup.folder / "kept"
+        result["fid"] = fid(comparable(drawn["images"]), setup.real_images, setup.args, cache)
+    return result
 
 
 def density_coverage(real, fake, k=5):
-    """Features (N, d), (M, d) -> (density, coverage) (Naeem et al. 2020, arXiv 2002.09797): fidelity and diversity apart.
+    """Measure density and coverage: how real samples look, and how much of the data they reach.
 
-    Around each real point lies a ball that reaches its k-th neighbour.  coverage: share of the balls with a fake inside; it falls when
-    a mode is lost.  density: balls around a fake, over k; it falls when fakes lie off the data.  If both sets are of one distribution
-    density is 1 and coverage 1 - PROD_{i<=k} (N-i)/(N+M-i), about 1 - 2^-k; precision and recall have no such known value.
+    real  (N, d) features of real images
+    fake  (M, d) features of samples
+    k     which neighbour decides how large a ball is
+
+    Around each real point lies a ball that reaches to its k-th neighbour. Coverage is the share of
+    the balls with a fake point inside; it falls when a mode is lost. Density is the mean number of
+    balls around a fake point, divided by k; it falls when fake points lie off the data.
+
+    If both sets are of one distribution, the mean of density is 1. That of coverage is
+    1 - PROD_{i<=k} (N-i)/(N+M-i), for N = M about 1 - 2^-k. The older pair of measures, precision
+    and recall, has no such known value.
+
+    Returns (density, coverage), both nan where there are too few points for a k-th neighbour.
+    Source: Naeem et al. 2020, arXiv 2002.09797.
     """
     if min(len(real), len(fake)) <= k:
         return math.nan, math.nan
-    radius = torch.cdist(real, real).kthvalue(k + 1, 1).values  # k + 1: the nearest is the point itself
-    inside = torch.cdist(real, fake) < radius[:, None]
-    return inside.double().sum().item() / (k * len(fake)), inside.any(1).double().mean().item()
+    # (N, N) -> (N,). Take the (k + 1)-th smallest distance: the smallest is 0, to the point itself.
+    radius = torch.cdist(real, real).kthvalue(k + 1, 1).values
+    inside = torch.cdist(real, fake) < radius[:, None]  # (N, M): is fake point j in ball i?
+    density = inside.double().sum().item() / (k * len(fake))
+    coverage = inside.any(1).double().mean().item()
+    return density, coverage
 
 
 def fid(fake, real, args, cache):
-    """The standard FID of bytes (N, C, H, W): Inception features, resized as TensorFlow did.  Other features, other scale than FD."""
+    """Compute the standard FID of fake and real images, uint8 (N, C, H, W), by torch-fidelity.
+
+    cache  folder for the features of `real`, which are the same for all models
+
+    FID takes the features of the Inception network, of images that are resized as TensorFlow does
+    it. So it can be compared with the literature. Our FD takes the judge's features, and its scale
+    is another one.
+    """
     import torch_fidelity
-    fake, real = (torch.utils.data.Subset(x.expand(-1, 3, -1, -1), range(len(x))) for x in (fake, real))  # Datasets of (3, H, W) bytes
-    return torch_fidelity.calculate_metrics(
-        input1=fake, input2=real, fid=True, cuda=args.device != "cpu", verbose=False, cache_root=str(cache), input2_cache_name=f"real-{len(real)}",
-        feature_extractor_weights_path=args.inception_weights)["frechet_inception_distance"]
+
+    def as_dataset(images):
+        # It wants a Dataset of (3, H, W) bytes. expand repeats a grey channel and copies nothing.
+        return torch.utils.data.Subset(images.expand(-1, 3, -1, -1), range(len(images)))
+
+    result = torch_fidelity.calculate_metrics(
+        input1=as_dataset(fake),
+        input2=as_dataset(real),
+        fid=True,
+        cuda=args.device != "cpu",
+        verbose=False,
+        cache_root=str(cache),
+        # The number is part of the name: otherwise a full run would find the few of a --quick run.
+        input2_cache_name=f"real-{len(real)}",
+        feature_extractor_weights_path=args.inception_weights,
+    )
+    return result["frechet_inception_distance"]
 
 
-def measures(desk, drawn, before):
-    """Samples dict(images, verdict) of a model -> c.measure, density, coverage, FID, all against D_g; before: Standard's samples."""
-    keep = ~torch.isin(before["verdict"].labels, torch.tensor(desk.forget))
-    comparable = lambda x: x[keep] if drawn is before else x[: keep.sum()]
-    out = c.measure(drawn["verdict"], desk.forget, desk.real, len(desk.classes), None if drawn is before else before["verdict"])
-    few = desk.real[torch.randperm(len(desk.real), generator=c.rng(desk.args.seed, 3))[: keep.sum()]]
-    out["density"], out["coverage"] = density_coverage(few, comparable(drawn["verdict"].features))
-    return {**out, "fid": fid(comparable(drawn["images"]), desk.images_g, desk.args, desk.folder / "kept")} if desk.args.fid else out
+# ---- likelihood ----------------------------------------------------------------------------------
 
 
-def sample(desk, model, name="samples", tune=None, **key):
-    """args.n samples from the noise that all models share, after net = tune(net) if given -> dict(images, seconds, verdict)."""
-    a, shape = desk.args, desk.images_g.shape[1:]
+@torch.no_grad()
+def nll_bound(net, x, sigma_min=0.001, sigma_max=152.0, levels=64, generator=None):
+    """Compute an upper bound of -ln p(x) in nats, (B,), by forward passes alone.
 
-    def compute(label):
-        net, t0 = tune(model.net) if tune else model.net, time.time()
-        images = c.sample_images(net, a.n, shape, desk.sde, a.seed, a.nfe, batch=50 if a.quick else 250, device=a.device, label=label)
-        return dict(images=images, seconds=time.time() - t0)
+        D/2 ln(2 pi e sigma_min^2)                            the entropy of N(x, sigma_min^2 I)
+        + INT E_z |z - z_hat(x + sigma z)|^2 d ln sigma       from sigma_min to sigma_max
+        + |x|^2 / (2 sigma_max^2)                             the prior's share
 
-    key = dict(weights=model.digest, sampler=desk.sde.sampler, sde=a.sde, n=a.n, nfe=a.nfe, seed=a.seed, **key)
-    drawn = kept(desk, f"{model.name}.{name}", key, a.n * a.nfe, compute)
-    return dict(drawn, verdict=c.judge_images(desk.judge, drawn["images"]))
+    x                     (B, ...) points or images, on the scale of dequantize
+    sigma_min, sigma_max  ends of the integral
+    levels                number of forward passes: one in each of as many intervals of ln sigma
+    generator             of the noise, on the CPU
+
+    Here |a|^2 is the sum over the D values. Why it is a bound: let KL(sigma) be the divergence of
+    N(x, sigma^2 I) from the model's density of noisy images. At sigma_max that density is the
+    prior N(0, sigma_max^2 I), so KL is the last term. On the way down KL grows by the integral. The
+    last two terms are therefore KL(sigma_min). A divergence is E[-ln p] minus an entropy, and the
+    first term puts it back. The result is E_z[-ln p(x + sigma_min z)]. It is exact for an exact
+    score, and too high for any other.
+
+    Source: Song et al. 2021, "Maximum Likelihood Training of Score-Based Diffusion Models",
+    arXiv 2101.09258.
+    """
+    log_min = math.log(sigma_min)
+    log_range = math.log(sigma_max / sigma_min)
+    integral = 0.0
+    for i in range(levels):
+        # One ln sigma per image, uniform within the i-th of `levels` equal intervals. Each interval
+        # is hit once, so the sum varies far less than with `levels` independent draws.
+        u = torch.rand(len(x), generator=generator).to(x)  # (B,)
+        z = torch.randn(x.shape, generator=generator).to(x)
+        sigma = torch.exp(log_min + log_range * (i + u) / levels)
+        _, z_hat = common.predict(net, x + common.expand_like(sigma, x) * z, sigma)
+        squared_error = (z - z_hat).flatten(1).square().sum(1)  # (B, ...) -> (B,)
+        integral = integral + squared_error * log_range / levels
+
+    # D times the entropy of one number: 1/2 ln(2 pi e) + ln sigma_min.
+    entropy = x[0].numel() * (0.5 * math.log(2 * math.pi * math.e) + log_min)
+    # The divergence of N(x, sigma_max^2 I) from N(0, sigma_max^2 I): only the means differ.
+    prior = x.flatten(1).square().sum(1) / (2 * sigma_max**2)
+    return entropy + integral + prior
 
 
-def likelihoods(desk, model, x, cost):
-    """x: n dequantised images of D_g, then n of D_f -> means and standard errors of NLL in bits/dim and nats, and RK4's own error."""
-    a, n, dim = desk.args, len(x) // 2, x[0].numel()
-    check = torch.cat([torch.arange(min(16, n)) + start for start in (0, n)])  # these again with twice the steps
+def likelihoods(setup, model, x, cost):
+    """Estimate the negative log-likelihood of test images under one model, as a dict.
 
-    def compute(label):
-        probe = c.rademacher_probes(x, 1, c.rng(a.seed, 1))[0]  # one an image: the same for all models and both step counts
-        solve = lambda i, steps: -c.ode_log_likelihood(model.net, desk.sde, x[i], [probe[i]], steps, focus=-3.0).cpu()
-        def part(k):
-            i = torch.arange(len(x))[64 * k : 64 * (k + 1)]
-            print(f"\r{label}: {i[-1] + 1}/{len(x)}", end="", flush=True)
-            bound = nll_bound(model.net, x[i], sigma_max=desk.sde.sigma_max(), levels=a.levels, generator=c.rng(a.seed, 2, k)).cpu()
-            return dict(bound=bound, **(dict(ode=solve(i, a.rk4)) if a.nll == "ode" else {}))
+    x     (2n, C, H, W) dequantised images, the first n of D_g and the others of D_f
+    cost  network evaluations that this takes
 
-        parts = c.spread(part, range(-(-len(x) // 64)))
-        print()
-        out = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
-        return {**out, "fine": solve(check, 2 * a.rk4)} if a.nll == "ode" else out
+    For each kind of estimate ("ode", "bound"), unit ("bits", "nats") and part ("g", "f") there is
+    an entry such as ode_bits_g: {"mean": ..., "se": ...}, where se is the standard error of the
+    mean. "bits" are bits per dimension. ode_error_bits is the error of the ODE solver itself, in
+    bits per dimension too. With --nll bound the entries of the ODE are missing.
+    """
+    args = setup.args
+    num_images = len(x) // 2
+    dim = x[0].numel()
 
-    key = dict(weights=model.digest, sde=a.sde, nll=a.nll, n=len(x), rk4=a.rk4, levels=a.levels, seed=a.seed, data=str(a.data_dir))
-    nats = kept(desk, f"{model.name}.nll", key, cost, compute)
-    parts = [(kind, part, v) for kind in ("ode", "bound") if kind in nats for part, v in zip("gf", nats[kind].double().split(n))]
-    both = [(kind, unit, part, u) for kind, part, v in parts for unit, u in (("bits", c.bits_per_dim(-v, dim)), ("nats", v))]
-    out = {f"{kind}_{unit}_{part}": dict(mean=u.mean().item(), se=u.std().item() / n**0.5) for kind, unit, part, u in both}
-    return {**out, "ode_error_bits": (nats["ode"][check] - nats["fine"]).abs().mean().item() / (dim * math.log(2))} if "fine" in nats else out
+    # n and seed say which images x holds, so the images themselves need not be in the key.
+    key = {
+        "weights": model.digest,
+        "sde": args.sde,
+        "nll": args.nll,
+        "n": len(x),
+        "rk4": args.rk4,
+        "levels": args.levels,
+        "seed": args.seed,
+        "data": str(args.data_dir),
+    }
+    nats = cached(
+        setup, f"{model.name}.nll", key, cost, lambda label: nll_in_nats(setup, model.net, x, label)
+    )
+
+    result = {}
+    for kind in ("ode", "bound"):
+        if kind not in nats:
+            continue
+        # (2n,) -> (n,) of D_g and (n,) of D_f. float64, because rounding adds up in a mean.
+        for part, values in zip("gf", nats[kind].double().split(num_images)):
+            bits = common.bits_per_dim(-values, dim)
+            result[f"{kind}_bits_{part}"] = mean_and_error(bits)
+            result[f"{kind}_nats_{part}"] = mean_and_error(values)
+
+    if "fine" in nats:
+        # bits_per_dim adds 7 to each. That cancels in a difference, so it is not called here.
+        difference = nats["ode"][check_indices(num_images)] - nats["fine"]
+        result["ode_error_bits"] = difference.abs().mean().item() / (dim * math.log(2))
+    return result
+
+
+def nll_in_nats(setup, net, x, label):
+    """Compute -ln p of each image x (2n, C, H, W) in nats, as a dict of tensors on the CPU.
+
+    bound  (2n,) by nll_bound
+    ode    (2n,) by the ODE; only with --nll ode
+    fine   (2 m,) the images of `check_indices` again, with twice the steps; only with --nll ode
+
+    The difference of fine and ode says how far the solver is from the exact solution, without
+    knowing that solution.
+    """
+    args = setup.args
+    # One probe per image, the same for all models and for both numbers of steps: a difference
+    # between two results then never comes from the probe.
+    probe = common.rademacher_probes(x, 1, common.rng(args.seed, 1))[0]
+
+    def solve(index, steps):
+        # focus: dequantised images have their finest structure at a grey level, near ln sigma = -3.
+        log_p = common.ode_log_likelihood(
+            net, setup.sde, x[index], [probe[index]], steps, focus=-3.0
+        )
+        return -log_p.cpu()
+
+    def one_batch(k):
+        index = torch.arange(k * NLL_BATCH, min((k + 1) * NLL_BATCH, len(x)))
+        print(f"\r{label}: {index[-1] + 1}/{len(x)}", end="", flush=True)
+        bound = nll_bound(
+            net,
+            x[index],
+            sigma_max=setup.sde.sigma_max(),
+            levels=args.levels,
+            # A stream of its own for each batch: which process does it makes no difference.
+            generator=common.rng(args.seed, 2, k),
+        )
+        nats = {"bound": bound.cpu()}
+        if args.nll == "ode":
+            nats["ode"] = solve(index, args.rk4)
+        return nats
+
+    num_batches = math.ceil(len(x) / NLL_BATCH)
+    batches = common.share_work(one_batch, range(num_batches))  # among the processes of torchrun
+    print()
+
+    nats = {}
+    for kind in batches[0]:
+        nats[kind] = torch.cat([batch[kind] for batch in batches])
+    if args.nll == "ode":
+        nats["fine"] = solve(check_indices(len(x) // 2), 2 * args.rk4)
+    return nats
+
+
+def check_indices(num_images):
+    """Choose the images that are solved twice, the first m of D_g and of D_f: indices (2 m,).
+
+    num_images  n; the images are n of D_g and then n of D_f. m is NLL_CHECK, but at most n
+    """
+    first = torch.arange(min(NLL_CHECK, num_images))
+    return torch.cat([first, num_images + first])
+
+
+def mean_and_error(values):
+    """Compute the mean of independent values (n,) and the standard error of that mean."""
+    return {"mean": values.mean().item(), "se": values.std().item() / len(values) ** 0.5}
+
+
+# ---- the attack ----------------------------------------------------------------------------------
 
 
 def relearn(net, images, steps, batch, lr, seed):
-    """A copy of net after `steps` steps of 02's loss on a few images of D_f, bytes (k, C, H, W): the least that an attacker would try."""
+    """Fine-tune a copy of a network on a few images of D_f, and return the copy.
+
+    images  (k, C, H, W) uint8
+    steps   training steps with the loss and the noise levels of 02
+    batch   number of images a step, drawn from the k
+    lr      peak learning rate
+    seed    of torch's global generator, which is set here
+
+    This is the least that an attacker would try. A class that comes back from one image was hidden
+    in the model and not gone from it.
+    """
+    # The draws below take the global generator. Where it stands depends on what ran before, for
+    # instance on what was found in kept/. The attack must not depend on that.
     torch.manual_seed(seed)
-    net, skipped, device = copy.deepcopy(net).requires_grad_(True).train(), 0, next(net.parameters()).device
-    adam = torch.optim.Adam(net.parameters(), lr, betas=(0.9, 0.99), fused=True)
+    tuned = copy.deepcopy(net).requires_grad_(True).train()
+    device = next(tuned.parameters()).device
+    adam = torch.optim.Adam(tuned.parameters(), lr, betas=(0.9, 0.99), fused=True)
+    sde = common.TRAINING_SDE  # as in 02: the attacker does not know with which SDE we sample
+
+    num_skipped = 0
     for step in range(steps):
-        c.set_lr([adam], step, steps, warmup=5)
-        x0 = c.dequantize(images[torch.randint(len(images), (batch,))]).to(device)
-        c.dsm_loss(net, c.WIDE, x0, c.lognormal_t(batch, c.WIDE, *c.TRAIN_NOISE, device), weight="v").mean().backward()
-        skipped = c.guarded_step(net, [adam], skipped)
-    return net.requires_grad_(False).eval()
+        common.set_lr([adam], step, steps, warmup=5)
+        # With replacement: the same few images again and again, each time with other noise.
+        chosen = images[torch.randint(len(images), (batch,))]
+        x0 = common.dequantize(chosen).to(device)
+        t = common.lognormal_t(batch, sde, **common.TRAINING_NOISE, device=device)
+        common.dsm_loss(tuned, sde, x0, t, weight="v").mean().backward()
+        num_skipped = common.guarded_step(tuned, [adam], num_skipped)
+    return tuned.requires_grad_(False).eval()
 
 
-# ---- tables and pictures -----------------------------------------------------------------------------
-SAMPLES = dict(model=0, k=0, ur=2, ur_interval=2, fd=2, low_confidence=2, class_min_ratio=2, density=2, coverage=3, fid=2, nfe=0, seconds=0)
-NLL = {"model": 0, **{f"{kind}_{unit}_{part}": 3 for kind in ("ode", "bound") for unit in ("bits", "nats") for part in "gf"}, "ode_error_bits": 4}
+def attack(setup, models, rows, standard, images_f):
+    """Let each model relearn from a few images of D_f; sample and measure it again.
+
+    rows      the table's rows, in the order of `models`
+    standard  the Standard model's samples
+    images_f  (N, C, H, W) uint8, training images of D_f
+
+    Returns a list of rows: for each model one with k = 0, which is the model as it is, and one for
+    each number k of images. It is empty without --relearn. The Standard model, the first one, is
+    left out: it has forgotten nothing that it could relearn.
+    """
+    args = setup.args
+    counts = relearn_counts(args)
+    attacked = []
+    if not counts:
+        return attacked
+    for model, row in zip(models[1:], rows[1:]):
+        attacked.append({**row, "k": 0})
+        for k in counts:
+            tune = partial(
+                relearn,
+                # The first k of one random order: the one image is among the 10, these among 100.
+                images=common.random_subset(images_f, k, args.seed),
+                steps=args.steps,
+                batch=args.batch_size,
+                lr=args.lr,
+                seed=args.seed,
+            )
+            drawn = sample(
+                setup,
+                model,
+                f"relearn-{k}",
+                tune,
+                k=k,
+                steps=args.steps,
+                batch_size=args.batch_size,
+                lr=args.lr,
+            )
+            attacked.append({"model": model.name, "k": k, **measures(setup, drawn, standard)})
+    return attacked
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+# The columns of the two tables in their order: key of a row -> digits behind the point.
+SAMPLE_COLUMNS = {
+    "model": 0,
+    "k": 0,
+    "ur": 2,
+    "ur_interval": 2,
+    "fd": 2,
+    "low_confidence": 2,
+    "class_min_ratio": 2,
+    "density": 2,
+    "coverage": 3,
+    "fid": 2,
+    "nfe": 0,
+    "seconds": 0,
+}
+NLL_COLUMNS = {
+    "model": 0,
+    "ode_bits_g": 3,
+    "ode_bits_f": 3,
+    "ode_nats_g": 3,
+    "ode_nats_f": 3,
+    "bound_bits_g": 3,
+    "bound_bits_f": 3,
+    "bound_nats_g": 3,
+    "bound_nats_f": 3,
+    "ode_error_bits": 4,
+}
 
 
 def table(columns, rows):
-    """{key: digits} and dicts -> Markdown with the keys as header; a column that no row fills is left out."""
-    def cell(value, digits):
-        pair = (*value.values(), "±") if isinstance(value, dict) else (*value, "to") if isinstance(value, list) else None
-        return f"{pair[0]:.{digits}f} {pair[2]} {pair[1]:.{digits}f}" if pair else f"{value:.{digits}f}" if isinstance(value, float) else str(value)
-    columns = {k: d for k, d in columns.items() if any(k in row for row in rows)}
-    lines = [list(columns), [""] * len(columns)] + [[cell(row.get(k, ""), d) for k, d in columns.items()] for row in rows]
-    width = [max(map(len, cells)) for cells in zip(*lines)]
-    return "".join(f"| {' | '.join(text.ljust(w, '-' if i == 1 else ' ') for text, w in zip(line, width))} |\n" for i, line in enumerate(lines))
+    """Write a Markdown table with the keys as its header.
+
+    columns  {key: digits behind the point}; a column that no row fills is left out
+    rows     list of dicts; a key that a row has not makes an empty cell
+    """
+    filled = set().union(*rows)  # the keys of all rows
+    keys = [key for key in columns if key in filled]
+    lines = [keys]  # each line is a list of cells
+    for row in rows:
+        lines.append([format_cell(row.get(key, ""), columns[key]) for key in keys])
+
+    # zip(*lines) turns the lines into columns.
+    widths = [max(map(len, cells)) for cells in zip(*lines)]
+    # Only now, because the dashes below the header are as many as the widest cell has letters.
+    lines.insert(1, ["-" * width for width in widths])
+
+    text = ""
+    for line in lines:
+        padded = [cell.ljust(width) for cell, width in zip(line, widths)]
+        text += f"| {' | '.join(padded)} |\n"
+    return text
 
 
-def pictures(out, names, drawn, forget, classes):
-    """samples.png: a row a model from the same noise; classes.png: how often each class is drawn."""
-    plt, (h, w), hit = c.pyplot(), drawn[0]["images"].shape[2:], torch.isin(drawn[0]["verdict"].labels, torch.tensor(forget))
-    pick = torch.cat([hit.nonzero()[:8], (~hit).nonzero()[:8]]).flatten()
+def format_cell(value, digits):
+    """Turn a value into the text of a cell.
+
+    The value is a dict from mean_and_error, an interval [low, high], a number or a string.
+    """
+    if isinstance(value, dict):
+        return f"{value['mean']:.{digits}f} ± {value['se']:.{digits}f}"
+    if isinstance(value, list):
+        low, high = value
+        return f"{low:.{digits}f} to {high:.{digits}f}"
+    if isinstance(value, float):
+        return f"{value:.{digits}f}"
+    return str(value)
+
+
+def measure_models(setup, models, samples, nll_images):
+    """Measure all models: a list of rows for the tables, one dict for each model.
+
+    samples     what `sample` has returned for each of `models`, the Standard model's first
+    nll_images  (2n, C, H, W) from draw_nll_images
+    """
+    nll_cost = len(nll_images) * nll_cost_per_image(setup.args)
+    rows = []
+    for model, drawn in zip(models, samples):
+        row = {"model": model.name}
+        # How the model was trained. Its SDE can differ from the SDE of this test.
+        for key in ("method", "sde", "seed"):
+            row[key] = model.trained.get(key)
+        row["nfe"] = setup.args.nfe
+        row["seconds"] = drawn["seconds"]
+        row.update(measures(setup, drawn, samples[0]))
+        if setup.args.nll != "none":
+            row.update(likelihoods(setup, model, nll_images, nll_cost))
+        rows.append(row)
+    return rows
+
+
+def measure_real_images(setup, images, standard):
+    """Measure real test images like samples, to know what a perfect model would have.
+
+    standard  the Standard model's samples
+
+    Returns the row of D_g for the table, and recall, the share of D_f that the judge recognises, in
+    percent. The row is the best that a model can hope for. Recall is the highest ur it can have.
+    """
+    args = setup.args
+    # Test images, because training images would be compared with themselves and come out perfect.
+    real_g = judged(setup, common.random_subset(images.test_g, args.n, args.seed))
+    row = {"model": "real D_g", **measures(setup, real_g, standard)}
+    real_f = judged(setup, common.random_subset(images.test_f, args.n, args.seed))
+    is_recognised = torch.isin(real_f["verdict"].labels, torch.tensor(setup.forget))
+    return row, 100 * is_recognised.float().mean().item()
+
+
+def report(args, rows, real_row, recall, num_nll):
+    """Write the tables as Markdown: one row for each model, and real images as the last row.
+
+    recall   share of the real D_f that the judge recognises, in percent
+    num_nll  number of test images of D_g, and as many of D_f, in the likelihood
+    """
+    text = table(SAMPLE_COLUMNS, [*rows, real_row])
+    text += f"\nOf the real D_f the judge knows {recall:.2f} %: the ceiling of ur.\n"
+    if args.nll != "none":
+        text += f"\nNegative log-likelihood of {num_nll} + {num_nll} test images:\n\n"
+        text += table(NLL_COLUMNS, rows)
+    return text
+
+
+# ---- pictures ------------------------------------------------------------------------------------
+
+
+def plot_samples(path, names, samples, forget, classes):
+    """Draw samples.png: a row for each model, a column for each starting noise.
+
+    samples  what `sample` returned for each of `names`, the Standard model's first
+
+    Up to eight columns where the Standard model draws D_f, then up to eight where it draws D_g.
+    """
+    plt = common.pyplot()
+    height, width = samples[0]["images"].shape[2:]
+    # The Standard model decides which noises are shown: a column tells what became of its image.
+    is_forgotten = torch.isin(samples[0]["verdict"].labels, torch.tensor(forget))
+    columns_f = is_forgotten.nonzero().flatten()[:8]
+    columns_g = (~is_forgotten).nonzero().flatten()[:8]
+    picked = torch.cat([columns_f, columns_g])  # (columns,) indices of samples
+
     fig, ax = plt.subplots(figsize=(10, 0.7 * len(names) + 0.5))
-    ax.imshow(c.tile(torch.cat([d["images"][pick] for d in drawn]), len(pick)), cmap="gray", vmin=0, vmax=255)
-    for i, label in enumerate(torch.cat([d["verdict"].labels[pick] for d in drawn]).tolist()):
-        ax.text(i % len(pick) * w + 1, i // len(pick) * h + 8, c.short(classes[label]), color="#ff4040" if label in forget else "#60c060", fontsize=7)
-    ax.set_yticks([(i + 0.5) * h for i in range(len(names))], names), ax.set_xticks([])
-    ax.set_title(f"a column, one noise; left {min(8, int(hit.sum()))}: where Standard draws D_f", fontsize=9)
-    fig.savefig(out / "samples.png", dpi=110, bbox_inches="tight"), plt.close(fig)
-    fig, axes = plt.subplots(len(names), 1, figsize=(6, 1.1 * len(names) + 0.6), sharex=True, sharey=True)
-    counts = [torch.bincount(d["verdict"].labels, minlength=len(classes)).numpy() for d in drawn]
+    images = torch.cat([drawn["images"][picked] for drawn in samples])
+    ax.imshow(common.tile(images, len(picked)))
+    for i, drawn in enumerate(samples):
+        for j, class_index in enumerate(drawn["verdict"].labels[picked].tolist()):
+            name = classes[class_index]
+            common.label_corner(ax, j * width, i * height, name, class_index in forget)
+
+    # The y axis counts pixels: a row's name stands at the middle of its images.
+    ax.set_yticks([(i + 0.5) * height for i in range(len(names))], names)
+    ax.set_xticks([])
+    ax.set_title(
+        f"a column, one noise; left {len(columns_f)}: where Standard draws D_f", fontsize=9
+    )
+    fig.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(fig)
+
+
+def plot_classes(path, names, samples, forget, classes):
+    """Draw classes.png: how often each model draws each class, with the Standard model as a line.
+
+    samples  what `sample` returned for each of `names`, the Standard model's first
+
+    The bars of the forget classes are red.
+    """
+    plt = common.pyplot()
+    counts = []
+    for drawn in samples:
+        counts.append(torch.bincount(drawn["verdict"].labels, minlength=len(classes)).numpy())
+    colors = ["#d05050" if i in forget else "#7090c0" for i in range(len(classes))]
+
+    # Shared axes, because the heights are to be compared from model to model.
+    fig, axes = plt.subplots(
+        len(names), 1, figsize=(6, 1.1 * len(names) + 0.6), sharex=True, sharey=True
+    )
     for ax, name, count in zip(axes, names, counts):
-        ax.bar(classes, count, color=["#d05050" if i in forget else "#7090c0" for i in range(len(classes))])
-        ax.step(classes, counts[0], where="mid", color="black", lw=1), ax.set_ylabel(name, fontsize=7, rotation=0, ha="right")
+        ax.bar(classes, count, color=colors)
+        ax.step(classes, counts[0], where="mid", color="black", lw=1)
+        ax.set_ylabel(name, fontsize=7, rotation=0, ha="right")
     axes[0].set_title("samples of each class; black: Standard", fontsize=9)
-    fig.savefig(out / "classes.png", dpi=110, bbox_inches="tight"), plt.close(fig)
+    fig.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(fig)
 
 
 def plot_attack(path, rows, floor):
-    """UR over the number of images relearned from, a line a model."""
-    fig, ax = c.pyplot().subplots(figsize=(6, 4))
-    for name in dict.fromkeys(row["model"] for row in rows):
-        k, ur, ends = map(torch.tensor, zip(*((r["k"], r["ur"], r["ur_interval"]) for r in rows if r["model"] == name)))
-        ax.errorbar(k, ur, (ends.T - ur).abs(), marker="o", capsize=2, label=name)
-    ax.axhline(floor, color="0.6", ls=":", label="real D_g"), ax.set_xscale("symlog", linthresh=1), ax.set_xlim(left=-0.2), ax.legend(fontsize=7)
-    ax.set(xlabel="images of D_f relearned from", ylabel="unlearning ratio, %"), fig.savefig(path, dpi=110, bbox_inches="tight")
+    """Draw relearn.png: the unlearning ratio over the number of images relearned from.
+
+    rows   what `attack` returned; a line for each model
+    floor  the ratio of real images of D_g in %, below which no model can be told from them
+    """
+    plt = common.pyplot()
+    fig, ax = plt.subplots(figsize=(6, 4))
+    names = dict.fromkeys(row["model"] for row in rows)  # each name once, in their order
+    for name in names:
+        own_rows = [row for row in rows if row["model"] == name]
+        counts = [row["k"] for row in own_rows]
+        ur = torch.tensor([row["ur"] for row in own_rows])
+        # (K, 2) -> (2, K): errorbar wants the lengths downwards, then those upwards.
+        interval = torch.tensor([row["ur_interval"] for row in own_rows]).T
+        lengths = (interval - ur).abs()
+        ax.errorbar(counts, ur, lengths, marker="o", capsize=2, label=name)
+    ax.axhline(floor, color="0.6", ls=":", label="real D_g")
+    # symlog is linear below 1, so that k = 0 has a place beside 1, 10 and 100.
+    ax.set_xscale("symlog", linthresh=1)
+    ax.set_xlim(left=-0.2)
+    ax.legend(fontsize=7)
+    ax.set(xlabel="images of D_f relearned from", ylabel="unlearning ratio, %")
+    fig.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(fig)
 
 
-# ---- the story ---------------------------------------------------------------------------------------
+# ---- the story -----------------------------------------------------------------------------------
+
+
+def write_attack(out, args, settings, real_row, attacked):
+    """Print the table of the attack; write relearn.json and relearn.png into the folder `out`."""
+    print(table(SAMPLE_COLUMNS, attacked))
+    settings = {**settings, "steps": args.steps, "batch_size": args.batch_size, "lr": args.lr}
+    content = {**settings, "real": real_row, "rows": attacked}
+    (out / "relearn.json").write_text(json.dumps(content, indent=1))
+    plot_attack(out / "relearn.png", attacked, real_row["ur"])
+
+
+def move_files(source, target):
+    """Move all files of one folder into another; of several processes the first one does it."""
+    if not common.is_first_process():
+        return
+    for path in source.iterdir():
+        # os.replace puts a file in the place of an older one in one step: nobody sees half of one.
+        os.replace(path, target / path.name)
+
+
 def main(argv=None):
+    """Measure all models alike, attack them if asked to, and write the tables and pictures."""
     args = arguments(argv)
-    # ---- data: D_g to compare samples with; test images of D_g and D_f for the likelihood
-    data, test = (c.load_dataset(args.dataset, args.data_dir, part, args.forget) for part in (True, False))
-    (is_f, forget), test_f = c.split_forget(data, args.forget), c.split_forget(test, args.forget)[0]
-    images_g, test_g, test_f = data.images[~is_f][: 1000 if args.quick else None], test.images[~test_f], test.images[test_f]
-    some = lambda images, n: images[torch.randperm(len(images), generator=c.rng(args.seed))[:n]]
-    n, ks = min(args.n_nll, len(test_g), len(test_f)), [1, 10, 100] if args.relearn == [] else args.relearn or []
-    x = c.dequantize(torch.cat([some(test_g, n), some(test_f, n)])).to(args.device)  # seeded by finish_args: the same in every run
+
+    # ---- data
+    train, test = common.load_train_and_test(args.dataset, args.data_dir, args.forget)
+    images, forget = split_images(train, test, args)
+    nll_images = draw_nll_images(images, args)  # before the models, which draw random numbers too
+
     # ---- models
-    names = [data.classes[i] for i in forget]
-    folder = c.forget_folder(args.out, args.dataset, names)
-    models, judge = find_models(args, names, folder), c.load_judge(args, data, names)
-    torch.set_float32_matmul_precision("highest"), setattr(torch.backends.cudnn, "allow_tf32", False)  # a likelihood needs all 24 bits
-    print(f"{len(models)} models: {' '.join(m.name for m in models)}; {args.sde}, {c.SDES[args.sde].sampler}, n = {args.n}, judge and noise the same for all")
-    draws, solves = args.n * args.nfe, dict(none=0, bound=args.levels, ode=args.levels + 8 * args.rk4)[args.nll] * 2 * n
-    todo = dict(total=len(models) * (draws + solves) + (len(models) - 1) * len(ks) * draws, done=0, start=time.time())
-    desk = Desk(args, folder, c.SDES[args.sde](), judge, forget, data.classes, images_g, c.judge_images(judge, images_g).features, todo)
+    forget_names = [train.classes[i] for i in forget]
+    folder = common.forget_folder(args.out, args.dataset, forget_names)
+    models = find_models(args, forget_names, folder)
+    judge = common.load_judge(args, train, forget_names)
+    # No TF32 on CUDA: a likelihood adds up thousands of small terms, and 10 bits are too coarse.
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+
+    setup = Setup(
+        args=args,
+        folder=folder,
+        sde=common.SDES[args.sde](),
+        judge=judge,
+        forget=forget,
+        classes=train.classes,
+        real_images=images.train_g,
+        real_features=common.judge_images(judge, images.train_g).features,
+        progress=Progress(total_cost(args, len(models), len(nll_images))),
+    )
+    names = [model.name for model in models]
+    print(
+        f"{len(models)} models: {' '.join(names)}; {args.sde}, {setup.sde.sampler}, "
+        f"n = {args.n}, judge and noise the same for all"
+    )
+
     # ---- measures
-    drawn = [sample(desk, m) for m in models]
-    rows = [dict(model=m.name, **{k: m.trained.get(k) for k in ("method", "sde", "seed")}, nfe=args.nfe, seconds=d["seconds"],
-                 **measures(desk, d, drawn[0]), **(likelihoods(desk, m, x, solves) if solves else {})) for m, d in zip(models, drawn)]
-    real_g, real_f = (dict(images=images, verdict=c.judge_images(judge, images)) for images in (some(test_g, args.n), some(test_f, args.n)))
-    real = dict(model="real D_g", **measures(desk, real_g, drawn[0]))
-    recall = 100 * torch.isin(real_f["verdict"].labels, torch.tensor(forget)).float().mean().item()
-    text = f"{table(SAMPLES, rows + [real])}\nOf the real D_f the judge knows {recall:.2f} %: the ceiling of ur.\n"
-    text += f"\nNegative log-likelihood of {n} + {n} test images:\n\n{table(NLL, rows)}" if args.nll != "none" else ""
-    print(text)
-    # ---- attack: Standard has nothing to relearn
-    attacked = []
-    for m, row in list(zip(models, rows))[1:]:
-        attacked.append(dict(row, k=0))
-        for k in ks:
-            tune = lambda net: relearn(net, some(data.images[is_f], k), args.steps, args.batch_size, args.lr, args.seed)
-            d = sample(desk, m, f"relearn-{k}", tune, k=k, steps=args.steps, batch_size=args.batch_size, lr=args.lr)
-            attacked.append(dict(model=m.name, k=k, **measures(desk, d, drawn[0])))
-    # ---- outputs: all of them, or none
-    with c.fresh_folder(folder / "kept" / "new") as out:
-        settings = dict(forget=names, sde=args.sde, sampler=desk.sde.sampler, nfe=args.nfe, n=args.n, n_nll=n, seed=args.seed)
+    samples = [sample(setup, model) for model in models]
+    standard = samples[0]  # find_models puts the Standard model first
+    rows = measure_models(setup, models, samples, nll_images)
+    real_row, recall = measure_real_images(setup, images, standard)
+    text = report(args, rows, real_row, recall, len(nll_images) // 2)
+    print(text)  # now, because an attack can take hours more
+    attacked = attack(setup, models, rows, standard, images.train_f)
+
+    # ---- outputs: all of them or none, so that a table never stands beside an older picture. The
+    # folder holds the runs of 03 too, so it cannot be replaced as a whole. All files are written
+    # into another folder first, and moved when they are complete.
+    settings = {
+        "forget": forget_names,
+        "sde": args.sde,
+        "sampler": setup.sde.sampler,
+        "nfe": args.nfe,
+        "n": args.n,
+        "n_nll": len(nll_images) // 2,
+        "seed": args.seed,
+    }
+    finished = folder / "kept" / "new"
+    with common.fresh_folder(finished) as out:
         (out / "table.md").write_text(text)
-        (out / "table.json").write_text(json.dumps(dict(settings, judge_recall=recall, real=real, models=rows), indent=1))
-        pictures(out, [m.name for m in models], drawn, forget, data.classes)
-        if ks:
-            print(table(SAMPLES, attacked))
-            settings.update(steps=args.steps, batch_size=args.batch_size, lr=args.lr)
-            (out / "relearn.json").write_text(json.dumps(dict(settings, real=real, rows=attacked), indent=1))
-            plot_attack(out / "relearn.png", attacked, real["ur"])
-    for path in (folder / "kept" / "new").iterdir() if c.ranks()[0] == 0 else ():
-        os.replace(path, folder / path.name)
-    print(f"wrote {folder}/table.md; next: python 05_downstream.py --dataset {args.dataset} --forget {' '.join(names)}")
+        content = {**settings, "judge_recall": recall, "real": real_row, "models": rows}
+        (out / "table.json").write_text(json.dumps(content, indent=1))
+        plot_samples(out / "samples.png", names, samples, forget, train.classes)
+        plot_classes(out / "classes.png", names, samples, forget, train.classes)
+        if attacked:
+            write_attack(out, args, settings, real_row, attacked)
+    move_files(finished, folder)
+
+    flags = f"--dataset {args.dataset} --forget {' '.join(forget_names)}"
+    print(f"wrote {folder}/table.md; next: python 05_downstream.py {flags}")
 
 
 if __name__ == "__main__":
-    c.run(main)
+    common.run(main)

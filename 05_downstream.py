@@ -1,292 +1,869 @@
-"""05  Restore damaged images with the unlearned model, with no further training: what it has forgotten stays lost.
+"""05  Restore damaged images with the unlearned model: what it has forgotten stays lost.
 
-    python 05_downstream.py --dataset mnist --forget 3 --task inpaint                # fill in the right half; --mask: another hole
-    python 05_downstream.py --dataset mnist --forget 3 --task inpaint --paper        # the paper's sampler, 2001 evaluations an image
-    python 05_downstream.py --dataset mnist --forget 3 --task reconstruct            # add noise, take it away
+    python 05_downstream.py --dataset mnist --forget 3 --task inpaint
+    python 05_downstream.py --dataset mnist --forget 3 --task inpaint --paper
+    python 05_downstream.py --dataset mnist --forget 3 --task reconstruct
 
-Question: the unlearned model no longer draws D_f from nothing.  Does it still restore an image of D_f that it is shown?
-Answer:   restoring is drawing under a condition: D_g comes back as from the Standard model, D_f as something else.  Encode-decode,
-          which the paper reports, cannot tell: the probability-flow ODE is one-to-one for *any* network, so there and back returns
-          the image, forgotten or not.  It is shown ("latent"), but judge by noise that really hides the class.
+The first fills in the right half; --mask takes another hole. --paper does it with the paper's
+sampler, which takes 2001 evaluations an image. The third adds noise and takes it away again.
+Nothing is trained here.
 
-A row for each run of 03; the same images and noise for all.  --steps: noise levels (latent: ODE steps each way).  Writes
-out/<dataset>/forget-<names>/downstream/<task>/: table.json, pictures.png, and for reconstruct curve.png.
+Question: the unlearned model no longer draws D_f from nothing. Does it still restore an image of
+          D_f that it is shown?
+Answer:   restoring is drawing under a condition. D_g comes back as from the Standard model, D_f as
+          something else. Encode-decode, which the paper reports, cannot tell: the probability-flow
+          ODE is one-to-one for *any* network, so there and back returns the image, forgotten or
+          not. It is shown ("latent"), but judge by noise that really hides the class.
+
+There is a row for each run of 03; all of them get the same images and the same noise. --steps is
+the number of noise levels (of ODE steps each way for "latent"). Writes
+out/<dataset>/forget-<names>/downstream/<task>/: table.json, pictures.png, and for reconstruct
+curve.png.
 
 Predict, then run:
-  1. What does a hole look like that is filled in one pass, and why?         (--resample 1, then 5; see repaint)
-  2. Above which sigma does the image no longer say which digit it was?      (--task reconstruct, the curve)
-  3. Does PSNR on D_f fall much when the digit becomes another one?          (look at the picture)
+  1. What does a hole look like that is filled in one pass, and why?
+     (--resample 1, then 5; see repaint)
+  2. Above which sigma does the image no longer say which digit it was?
+     (--task reconstruct, the curve)
+  3. Does PSNR on D_f fall much when the digit becomes another one?
+     (look at the picture)
 """
+
+import argparse
 import json
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-import common as c
+import common
 
-PAPER = ["unseen", "ort", "obt", "obt-rel"]  # rows after Standard, as on the poster; other methods come after them
-MASKS = {"half": lambda y, x: x > 0.5, "rows": lambda y, x: abs(y - 0.625) < 0.125, "center": lambda y, x: abs(y - 0.5).maximum(abs(x - 0.5)) < 0.25}
+# The methods whose rows follow Standard, in the order of the poster. Others come after them.
+FIRST_METHODS = ["unseen", "ort", "obt", "obt-rel"]
 
-# ---- arguments ---------------------------------------------------------------------------------------
-def arguments(argv):
-    p = c.parser(__doc__)
-    p.add_argument("--forget", nargs="+", metavar="CLASS", help="names of the classes that were forgotten (no default)")
-    p.add_argument("--task", choices=["inpaint", "reconstruct"], default="inpaint")
-    p.add_argument("--sde", choices=list(c.SDES), default="vp", help="one network serves all: whose noise range and clock to use")
-    p.add_argument("--runs", nargs="+", metavar="RUN", help="folder names of the runs to compare, e.g. obt-rel-vp (default: all)")
-    p.add_argument("--n", type=c.number(int, 3), help="test images of D_f, and as many of D_g")
-    p.add_argument("--mask", help=f"inpaint: {', '.join(MASKS)}, or a PNG that is white where to fill in (default: half)")
-    p.add_argument("--resample", type=c.number(int, 1), help="inpaint: passes through each noise level (default: 5)")
-    p.add_argument("--paper", action="store_true", help="inpaint: the paper's predictor-corrector with replacement, 1000 steps")
-    p.add_argument("--sigmas", type=c.number(float, 0.02, 50), nargs="+", help="reconstruct: levels of noise to take away again")
-    p.add_argument("--clip-weights", metavar="PATH", help="adds the CLIP distance on D_g: a ViT-B-32 checkpoint for open_clip")
-    args = p.parse_args(argv)
-    if not args.forget:
-        c.die("--forget is missing: name what was forgotten, e.g. python 05_downstream.py --dataset mnist --forget 3")
-    for key in dict(inpaint=["lr", "sigmas"] + ["resample"] * args.paper, reconstruct=["lr", "mask", "resample", "paper"])[args.task]:
-        if getattr(args, key):
-            c.die(f"--{key} has no meaning with --task {args.task}{' --paper' * args.paper}; leave it out")
-    steps = 16 if args.task == "reconstruct" else 1000 if args.paper else 25  # 25 levels, 5 passes each: 121 evaluations
-    full = dict(steps=steps, batch_size=250, n=200, mask="half", resample=5, sigmas=[1.0, 1.4, 1.7, 2.0, 2.8])
-    return c.finish_args(args, full, quick=dict(steps=4, n=12, resample=2, sigmas=[0.5, 1.0]))
+# ---- masks ---------------------------------------------------------------------------------------
+#
+# Each function says which pixels are hidden. y (H, 1) and x (W,) are the centres of the pixels,
+# from 0 at the upper left corner to 1. The result is bool and broadcasts to (H, W).
 
 
-def load_mask(name, h, w):
-    """A name of MASKS (y, x: a pixel's centre, in sides; rows: CelebA's), or a PNG's path -> hidden (1, h, w) bool, True where to fill in."""
+def hides_half(y, x):
+    """Hide the right half."""
+    return x > 0.5
+
+
+def hides_rows(y, x):
+    """Hide a band across the lower part, where CelebA's faces have their mouth."""
+    return abs(y - 0.625) < 0.125
+
+
+def hides_center(y, x):
+    """Hide a square of half the side in the middle."""
+    return torch.maximum(abs(y - 0.5), abs(x - 0.5)) < 0.25
+
+
+MASKS = {"half": hides_half, "rows": hides_rows, "center": hides_center}
+
+
+def read_grey(path):
+    """Read a PNG as grey values in [0, 1], (H, W); exit with one line if it cannot be read."""
+    try:
+        # imread gives (H, W) for a grey PNG and (H, W, 3 or 4) for a coloured one. The fourth
+        # channel is left out: it is opacity, and 1 everywhere.
+        pixels = torch.from_numpy(common.pyplot().imread(path))
+        return torch.atleast_3d(pixels)[..., :3].mean(-1)
+    except Exception as error:  # what is no picture raises half a dozen different types
+        common.exit_with_error(
+            f"--mask {path} is not one of {', '.join(MASKS)}, "
+            f"nor a PNG that can be read ({type(error).__name__})"
+        )
+
+
+def load_mask(name, height, width):
+    """Make the mask that --mask names: hidden (1, H, W) bool, True where the hole is.
+
+    name  a key of MASKS, or the path of a PNG, which is scaled to the image; white is hidden
+
+    Exits with one line if the PNG cannot be read, and if the mask hides everything or nothing.
+    """
     if name in MASKS:
-        grey = MASKS[name]((torch.arange(h)[:, None] + 0.5) / h, (torch.arange(w) + 0.5) / w).float().expand(h, w)
+        y = (torch.arange(height) + 0.5) / height
+        x = (torch.arange(width) + 0.5) / width
+        is_hole = MASKS[name](y[:, None], x)
+        grey = is_hole.float().expand(height, width)
     else:
-        try:
-            grey = torch.atleast_3d(torch.from_numpy(c.pyplot().imread(name)))[..., :3].mean(-1)  # not the fourth: alpha is 1 everywhere
-        except Exception as e:  # what is no picture raises half a dozen different types
-            c.die(f"--mask {name} is not one of {', '.join(MASKS)}, nor a PNG that can be read ({type(e).__name__})")
-    hidden = F.interpolate(grey[None, None], size=(h, w))[0] > 0.5
-    if hidden.all() or not hidden[:, 5:-5, 5:-5].any():  # a window of SSIM has its centre 5 pixels from the edge
-        c.die(f"--mask {name} hides {'everything' if hidden.all() else 'nothing but, perhaps, the edges'}; make the hole white, the rest black")
+        grey = read_grey(name)
+
+    # interpolate wants a batch and a channel: (H', W') -> (1, 1, H', W') -> (1, H, W)
+    hidden = F.interpolate(grey[None, None], size=(height, width))[0] > 0.5
+
+    # ssim compares windows of 11x11 pixels, and the centre of a window is at least 5 pixels from
+    # the edge. A hole without such a centre could not be measured.
+    fault = None
+    if hidden.all():
+        fault = "everything"
+    elif not hidden[:, 5:-5, 5:-5].any():
+        fault = "nothing but, perhaps, the edges"
+    if fault:
+        common.exit_with_error(f"--mask {name} hides {fault}; make the hole white, the rest black")
     return hidden
 
 
-# ---- restoring: x0 (B, ...) -> x0_hat (B, ...); `hidden`: a bool mask that broadcasts to x0, True in the hole ---
+# ---- arguments -----------------------------------------------------------------------------------
+
+
+def arguments(argv):
+    """Read the command line and fill in what it leaves open."""
+    parser = common.parser(__doc__)
+    common.add_forget(parser, "05_downstream.py", "that were forgotten")
+    parser.add_argument("--task", choices=["inpaint", "reconstruct"], default="inpaint")
+    parser.add_argument(
+        "--sde",
+        choices=list(common.SDES),
+        default="vp",
+        help="one network serves all: whose noise range and clock to use",
+    )
+    parser.add_argument(
+        "--runs",
+        nargs="+",
+        metavar="RUN",
+        help="folder names of the runs to compare, e.g. obt-rel-vp (default: all)",
+    )
+    parser.add_argument(
+        "--n", type=common.number(int, 3), help="test images of D_f, and as many of D_g"
+    )
+    parser.add_argument(
+        "--mask",
+        help=f"inpaint: {', '.join(MASKS)}, or a PNG that is white where to fill in "
+        "(default: half)",
+    )
+    parser.add_argument(
+        "--resample",
+        type=common.number(int, 1),
+        help="inpaint: passes through each noise level (default: 5)",
+    )
+    parser.add_argument(
+        "--paper",
+        action="store_true",
+        help="inpaint: the paper's predictor-corrector with replacement, 1000 steps",
+    )
+    parser.add_argument(
+        "--sigmas",
+        type=common.number(float, 0.02, 50),
+        nargs="+",
+        help="reconstruct: levels of noise to take away again",
+    )
+    parser.add_argument(
+        "--clip-weights",
+        metavar="PATH",
+        help="adds the CLIP distance on D_g: a ViT-B-32 checkpoint for open_clip",
+    )
+    args = parser.parse_args(argv)
+    refuse_unused_flags(args)
+
+    steps = 25  # with 5 passes through each level that makes 121 evaluations
+    if args.paper:
+        steps = 1000
+    if args.task == "reconstruct":
+        steps = 16
+    full = {
+        "steps": steps,
+        "batch_size": 250,
+        "n": 200,
+        "mask": "half",
+        "resample": 5,
+        "sigmas": [1.0, 1.4, 1.7, 2.0, 2.8],
+    }
+    quick = {"steps": 4, "n": 12, "resample": 2, "sigmas": [0.5, 1.0]}
+    return common.finish_args(args, full, quick)
+
+
+def refuse_unused_flags(args):
+    """Exit with one line on a flag that the chosen task would silently ignore."""
+    # Call this before the defaults are filled in: only now is an open flag still None. lr is a flag
+    # of every script, but nothing is trained here.
+    if args.task == "reconstruct":
+        unused = ["lr", "mask", "resample", "paper"]
+    elif args.paper:
+        unused = ["lr", "sigmas", "resample"]
+    else:
+        unused = ["lr", "sigmas"]
+
+    chosen = f"--task {args.task}"
+    if args.paper:
+        chosen += " --paper"
+    for flag in unused:
+        if getattr(args, flag):
+            common.exit_with_error(f"--{flag} has no meaning with {chosen}; leave it out")
+
+
+# ---- restoring: x0 (B, ...) -> x0_hat (B, ...) ---------------------------------------------------
+#
+# There are four ways. x0 is on the scale of dequantize, from -1 to 1. `hidden` is a bool mask that
+# broadcasts to x0, True in the hole. NFE is the number of network evaluations for one image.
+
+
+def noise_like(x0, generator):
+    """Gaussian noise with the shape, type and device of x0."""
+    return common.randn(x0.shape, generator, x0.device).to(x0)
+
+
 @torch.no_grad()
 def repaint(net, x0, hidden, sigmas, resample=5, generator=None):
-    """RePaint (Lugmayr et al. 2022, Alg. 1) in x_hat = x0 + sigma z, hence for every SDE; sigmas (N,) falling.
+    """Fill the hole of x0 by RePaint (Lugmayr et al. 2022, Alg. 1).
 
-    NFE = (N - 1) resample + 1.  resample=1 is plain replacement: step down, overwrite the known pixels with x0 noised to that level.
-    That stays biased however many steps it takes: the known part's fresh noise knows nothing of the hidden part just drawn, so the
-    two look less related than they are.  Going up one level and down again lets them agree.
+    x0        (B, ...) the images; what is hidden of them is never read
+    sigmas    (N,) noise levels, falling
+    resample  passes through each level; 1 is plain replacement
+
+    It works on noisy images of the form x0 + sigma z, hence for every SDE. It has
+    NFE = (N - 1) resample + 1.
+
+    Plain replacement steps down one noise level, and then overwrites the known pixels with those of
+    x0 plus noise of that level. It stays biased however many steps it takes. The noise of the known
+    part is drawn anew and knows nothing of the hidden part, so the two look less related than they
+    are. Going up one level and down again lets them agree.
     """
-    noise, sigmas = lambda: c.randn(x0.shape, generator, x0.device).to(x0), sigmas.to(x0)
-    x = torch.where(hidden, 0, x0) + sigmas[0] * noise()
-    for s, s_next in zip(sigmas[:-1], sigmas[1:]):
-        up = torch.sqrt(s**2 - s_next**2)
-        for k in range(resample):
-            z_hat = c.predict(net, x, s.expand(len(x)))[1]
-            x = x - up**2 / s * z_hat + s_next * up / s * noise()  # ancestral step
-            x = torch.where(hidden, x, x0 + s_next * noise())
-            if k < resample - 1:
-                x = x + up * noise()  # known and hidden part together
-    return c.predict(net, x, sigmas[-1:].expand(len(x)))[0]
+    sigmas = sigmas.to(x0)
+    # x is the noisy image, in the end the restored one. In the hole it starts as noise alone.
+    x = torch.where(hidden, 0, x0) + sigmas[0] * noise_like(x0, generator)
+
+    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:]):
+        # Variances of independent noise add up: noise of the size `up` makes sigma of sigma_next.
+        up = torch.sqrt(sigma**2 - sigma_next**2)
+
+        for repeat in range(resample):
+            # The ancestral step from sigma down to sigma', which is sigma_next (n is fresh noise):
+            #   x' = x - (sigma^2 - sigma'^2)/sigma z_hat + sigma' sqrt(sigma^2 - sigma'^2)/sigma n
+            _, z_hat = common.predict(net, x, sigma.expand(len(x)))
+            fresh_noise = noise_like(x0, generator)
+            x = x - up**2 / sigma * z_hat + sigma_next * up / sigma * fresh_noise
+
+            known = x0 + sigma_next * noise_like(x0, generator)
+            x = torch.where(hidden, x, known)
+
+            if repeat < resample - 1:
+                # Up again, the known and the hidden part together: from here on the network sees
+                # them as one image and can make them agree.
+                x = x + up * noise_like(x0, generator)
+
+    x0_hat, _ = common.predict(net, x, sigmas[-1:].expand(len(x)))
+    return x0_hat
 
 
 @torch.no_grad()
 def pc_inpaint(net, sde, x0, hidden, steps=1000, snr=0.16, sigma_min=0.01, generator=None):
-    """The paper's inpainting (Song et al. 2021, App. I.2): pc_sample's Langevin and reverse-diffusion steps, replacement after each.
+    """Fill the hole of x0 (B, ...) as the paper does (Song et al. 2021, App. I.2).
 
-    NFE = 2 steps + 1.  Known pixels get the noise of the level just reached; score_sde leaves them the old one's after the predictor.
+    snr, sigma_min  as in common.pc_sample
+
+    These are the Langevin and the reverse-diffusion steps of pc_sample, and after each of them the
+    known pixels are replaced. NFE = 2 steps + 1.
+
+    The known pixels get the noise of the level just reached. In score_sde, the code of Song et al.,
+    they still have the noise of the old level after a step of the predictor.
     """
-    noise = lambda: c.randn(x0.shape, generator, x0.device).to(x0)
-    paste = lambda x, t: torch.where(hidden, x, c.bcast(sde.s(t), x) * x0 + c.bcast(sde.std(t), x) * noise())
-    x = paste(sde.prior(x0.shape, generator, x0.device).to(x0), torch.full((len(x0),), sde.T).to(x0))
-    return c.pc_sample(net, sde, x, steps, "reverse_diffusion", snr=snr, sigma_min=sigma_min, generator=generator, after=paste)
+
+    def paste(x, t):
+        # Outside the hole, noise the original to time t: x_t = s(t) x0 + std(t) z, with fresh z.
+        scaled = common.expand_like(sde.s(t), x) * x0
+        known = scaled + common.expand_like(sde.std(t), x) * noise_like(x0, generator)
+        return torch.where(hidden, x, known)
+
+    start_time = torch.full((len(x0),), sde.T).to(x0)  # (B,)
+    x = sde.prior(x0.shape, generator, x0.device).to(x0)
+    x = paste(x, start_time)
+    return common.pc_sample(
+        net,
+        sde,
+        x,
+        steps,
+        "reverse_diffusion",
+        snr=snr,
+        sigma_min=sigma_min,
+        generator=generator,
+        after=paste,
+    )
 
 
 @torch.no_grad()
 def encode_decode(net, sde, x0, steps=20, t=0.02, generator=None):
-    """The paper's reconstruction: probability-flow ODE to the latent x_T, x_T -> s(t) x_T + std(t) n, and back.  NFE = 4 steps.
+    """Reconstruct x0 (B, ...) as the paper does: encode it, add a little noise, decode it.
 
-    VP: .997 x_T + .077 n; VE: std(.02) = .012 beside an x_T of size 50, no change.  VP with t=0: x0 again, up to the solver's error.
+    steps  of the ODE, in each direction
+    t      how much noise is added: that of the SDE at this time
+
+    The probability-flow ODE leads from x0 to x_T, its latent. The latent becomes
+    s(t) x_T + std(t) n with Gaussian noise n, and the ODE leads back. NFE = 4 steps.
+
+    With VP the latent becomes .997 x_T + .077 n. With VE nearly nothing changes: std(.02) is .012,
+    and x_T has the size 50. VP with t=0 gives x0 again, up to the error of the solver.
     """
-    phis = torch.atan(c.karras_sigmas(steps + 1, sde.sigma_max(), 0.001).to(x0) / net.sd)
-    y = c.heun_solve(net, x0 * torch.cos(phis[-1]) / net.sd, phis.flip(0))  # x_T = scale y
-    scale, t = net.sd / torch.cos(phis[0]) * sde.s(torch.ones(1)).item(), torch.tensor([t])
-    y = sde.s(t).item() * y + sde.std(t).item() / scale * c.randn(x0.shape, generator, x0.device).to(x0)
-    return c.heun_solve(net, y, phis) * net.sd / torch.cos(phis[-1])
+    sigmas = common.karras_sigmas(steps + 1, sde.sigma_max(), 0.001)
+    phis = torch.atan(sigmas.to(x0) / net.sd)  # (steps + 1,), falling
+
+    # The ODE is solved in y = x_hat/sqrt(sigma^2 + sd^2) = x_hat cos(phi)/sd, where x0 counts as
+    # x_hat at the smallest sigma. flip: the nodes backwards lead from the data up to the noise.
+    y = common.heun_solve(net, x0 * torch.cos(phis[-1]) / net.sd, phis.flip(0))
+
+    # y is the latent in other units: x_T = latent_scale y. So noise of std(t) on x_T is noise of
+    # std(t)/latent_scale on y.
+    s_T = sde.s(torch.ones(1)).item()
+    latent_scale = net.sd / torch.cos(phis[0]) * s_T
+    noise_time = torch.tensor([t])
+    latent_noise = sde.std(noise_time).item() / latent_scale * noise_like(x0, generator)
+    y = sde.s(noise_time).item() * y + latent_noise
+
+    # Back to the smallest sigma, and from y to x_hat.
+    return common.heun_solve(net, y, phis) * net.sd / torch.cos(phis[-1])
 
 
 def noise_and_denoise(net, x0, sigma, steps=20, generator=None):
-    """x0 noised to sigma (float), and a draw of x0 given that: where noise leaves the class open, the model decides.  NFE = steps."""
-    start = x0 / sigma + c.randn(x0.shape, generator, x0.device).to(x0)
-    return c.dpmpp_sample(net, start, c.karras_sigmas(steps, sigma).to(x0), eta=1.0, generator=generator)
+    """Add noise of the level sigma (a float) to x0 (B, ...), and draw a clean image from there.
 
-
-def psnr(a, b, hidden=None):
-    """Peak signal-to-noise ratio of bytes (B, C, H, W) twice, 10 log10(1/MSE) of k/255 -> (B,) in dB; of the pixels `hidden` (1, H, W).
-
-    In float: bytes wrap around at 256 and give about 31 dB whatever the image.  100 for equal images.  We average dB over images.
+    Where the noise leaves the class open, the model decides. NFE = steps.
     """
-    error = ((a.double() - b.double()) / 255) ** 2
-    return -10 * torch.log10(c.flat_mean(error if hidden is None else error[:, :, hidden[0]]).clamp(min=1e-10))
+    # dpmpp_sample multiplies the noise that it is given by sigma, and sigma (x0/sigma + z) is the
+    # x0 + sigma z from which it has to start.
+    noise = x0 / sigma + noise_like(x0, generator)
+    sigmas = common.karras_sigmas(steps, sigma).to(x0)
+    return common.dpmpp_sample(net, noise, sigmas, eta=1.0, generator=generator)
 
 
-def ssim(a, b, hidden=None):
-    """Structural similarity (Wang et al. 2004) of bytes (B, C, H, W) twice, as k/255 -> (B,); 1 for equal images.
+def make_methods(args, hidden):
+    """List the ways to restore that are compared: {title: method}.
 
-    Gaussian window 11x11, sigma 1.5; K1 .01, K2 .03, range 1; covariances with weights that sum to 1.  Mean over channels and over the
-    windows that lie inside the image (28x28 has 18x18 of them), or those of them whose centre is `hidden` (1, H, W).
+    hidden  (1, H, W) bool, True in the hole; not used by reconstruct
+
+    A method is called as method(net, x0=..., generator=...) and returns x0_hat.
     """
-    w = torch.exp(-((torch.arange(11, dtype=torch.float64, device=a.device) - 5) ** 2) / (2 * 1.5**2))
-    mean = lambda v: F.conv2d(v, (w[:, None] * w / w.sum() ** 2).expand(v.shape[1], 1, 11, 11), groups=v.shape[1])
-    a, b = a.double() / 255, b.double() / 255
-    ma, mb, cov = mean(a), mean(b), mean(a * b) - mean(a) * mean(b)
-    spread = mean(a * a) - ma**2 + mean(b * b) - mb**2
-    out = ((2 * ma * mb + 0.01**2) * (2 * cov + 0.03**2) / ((ma**2 + mb**2 + 0.01**2) * (spread + 0.03**2))).mean(1)
-    return c.flat_mean(out) if hidden is None else out[:, hidden[0, 5:-5, 5:-5]].mean(1)
+    sde = common.SDES[args.sde]()
+    if args.task == "reconstruct":
+        methods = {}
+        for sigma in sorted(args.sigmas):
+            methods[f"sigma {sigma:g}"] = partial(noise_and_denoise, sigma=sigma, steps=args.steps)
+        methods["latent"] = partial(encode_decode, sde=sde, steps=args.steps)
+        return methods
 
-
-def load_clip(path):
-    """A function from bytes (B, C, H, W) to CLIP features of length 1 (B, 512).  Exits with a hint when something is missing."""
-    try:
-        import open_clip
-        from torchvision.transforms.functional import to_pil_image as pil
-        model, _, prepare = open_clip.create_model_and_transforms("ViT-B-32", pretrained=str(Path(path).resolve(strict=True)))
-    except Exception as e:  # not installed, no such file, not its format
-        c.die(f"--clip-weights needs open_clip (pip install open_clip_torch) and the file of a ViT-B-32 checkpoint ({type(e).__name__}: {path})")
-    embed = torch.no_grad()(lambda images: model.eval().encode_image(torch.stack([prepare(pil(image)) for image in images])))
-    return lambda images: torch.cat([F.normalize(embed(chunk), dim=1) for chunk in images.split(50)])
-
-
-def measure(images, out, labels, verdict, n, hidden, real, clip=None):
-    """Restored `out` beside the originals, bytes, the first n of D_f; the judge's Verdict on `out` -> {"D_f": dict, "D_g": dict}.
-
-    In percent: accuracy, the share judged to be of the original's class, with its Wilson interval; unsure, the share that the judge is
-    less than 80 % sure of.  PSNR and SSIM, also in the hole.  On D_g fd, to real training features, and 1 - cos of CLIP features.
-    """
-    result = {}
-    for part, i in (("D_f", slice(n)), ("D_g", slice(n, 2 * n))):
-        a, b, right, doubt = images[i], out[i], (verdict.labels[i] == labels[i]).sum().item(), (verdict.confidence[i] < 0.8).sum().item()
-        result[part] = m = dict(accuracy=100 * right / n, interval=[100 * v for v in c.wilson(right, n)], unsure=100 * doubt / n)
-        for name, f in dict(psnr=psnr, ssim=ssim).items():
-            m.update({name: f(a, b).mean().item()} | ({} if hidden.all() else {f"{name}_hole": f(a, b, hidden).mean().item()}))
-    m["fd"] = c.frechet_distance(verdict.features[n:], real)
-    m.update({} if clip is None else dict(clip_distance=1 - (clip(a) * clip(b)).sum(1).mean().item()))
-    return result
-
-
-def find_runs(args, names):
-    """-> the folder of 03's finished runs, {row: network}: Standard, the paper's methods in its order, then any others."""
-    base, make_base = c.find_base(args.out, args.dataset)
-    folder, make = c.forget_folder(args.out, args.dataset, names), f"python 03_unlearn.py --dataset {args.dataset} --forget"
-    make = " ".join([make, *names])
-    method = {p: trained["method"] for p, trained in c.find_runs(folder, make).items()}
-    have, missing = {p.parent.name for p in method}, [m for m in PAPER if m not in method.values()]
-    if not have or not set(args.runs or have) <= have:
-        c.die(f"no {'such --runs' if have else 'unlearned model'} in {folder} (there: {', '.join(sorted(have)) or 'nothing'}); make one with: {make}")
-    print(f"base: {base}" + (f"; no run of {', '.join(missing)}: {make} --method {missing[0]}" if missing else ""))
-    paths = sorted((p for p in method if p.parent.name in (args.runs or have)), key=lambda p: ((PAPER + [method[p]]).index(method[p]), p))
-    runs = {p.parent.name.removesuffix("-vp").capitalize(): c.load_net(p, make, args.device) for p in paths}
-    return folder, {"Standard": c.load_net(base, make_base, args.device), **runs}
+    hole = hidden.to(args.device)
+    if args.paper:
+        return {"paper": partial(pc_inpaint, sde=sde, hidden=hole, steps=args.steps)}
+    # Above sigma = 80 nothing of an image is left: levels there would be wasted.
+    sigmas = common.karras_sigmas(args.steps, min(80.0, sde.sigma_max()))
+    return {"repaint": partial(repaint, hidden=hole, sigmas=sigmas, resample=args.resample)}
 
 
 def restore(images, method, hidden, args, label):
-    """Bytes (N, C, H, W) -> restored bytes; method(x0=, generator=) -> x0_hat.  Chunk k has its generator: each model gets the same noise."""
-    out, t0 = [], time.time()
-    for k, chunk in enumerate(images.split(args.batch_size)):
-        x = method(x0=((chunk.float() + 0.5) / 128 - 1).to(args.device), generator=c.rng(args.seed, k))  # + 0.5: the middle of a grey level
-        if not torch.isfinite(x).all():
-            c.die(f"{label}: numbers that are not finite; the model has diverged (unlearn again with more --alpha, or a lower --lr)")
-        out.append(torch.where(hidden, c.to_bytes(x.cpu()), chunk))  # what is known stays the same to the bit
-        print(f"\r{label}: {sum(map(len, out))}/{len(images)}, {time.time() - t0:.0f} s", end="", flush=True)
+    """Restore images with one model, in batches: bytes (N, C, H, W) -> bytes (N, C, H, W).
+
+    method  is called as method(x0=..., generator=...) and returns x0_hat
+    hidden  (1, H, W) bool; all other pixels come back as they were
+    label   the beginning of the printed line that says how far it is
+
+    Batch k has its own generator, so each model gets the same noise. Exits with one line if a
+    number is not finite.
+    """
+    finished = []
+    start = time.time()
+    for k, batch in enumerate(images.split(args.batch_size)):
+        # As common.dequantize, but without its noise: + 0.5 is the middle of a grey level.
+        x0 = (batch.float() + 0.5) / 128 - 1
+        x0_hat = method(x0=x0.to(args.device), generator=common.rng(args.seed, k))
+        if not torch.isfinite(x0_hat).all():
+            common.exit_with_error(
+                f"{label}: numbers that are not finite; the model has diverged "
+                "(unlearn again with more --alpha, or a lower --lr)"
+            )
+
+        # x0_hat is an estimate of the whole image. Paste the original over it outside the hole, so
+        # that what is known stays the same to the bit.
+        finished.append(torch.where(hidden, common.to_bytes(x0_hat.cpu()), batch))
+        num_finished = sum(len(part) for part in finished)
+        seconds = time.time() - start
+        print(f"\r{label}: {num_finished}/{len(images)}, {seconds:.0f} s", end="", flush=True)
     print()
-    return torch.cat(out)
+    return torch.cat(finished)
 
 
-def print_table(name, rows):
-    """rows {model: measure(...)}, a table for D_f and one for D_g; in brackets the 95 % interval of the accuracy."""
+# ---- measures ------------------------------------------------------------------------------------
+
+
+def psnr(images, restored, hidden=None):
+    """Compute the peak signal-to-noise ratio 10 log10(1/MSE) in dB: one number per image, (B,).
+
+    images, restored  (B, C, H, W) uint8
+    hidden            (1, H, W) bool; if given, only these pixels count
+
+    MSE is the mean squared error of the bytes divided by 255. Equal images get 100 dB. For many
+    images, take the mean of their dB. The dB of their mean MSE would be another number.
+    """
+    # In float: bytes wrap around at 256, and then any image has about 31 dB.
+    error = ((images.double() - restored.double()) / 255) ** 2
+    if hidden is not None:
+        error = error[:, :, hidden[0]]  # (B, C, H, W) -> (B, C, number of hidden pixels)
+    mean_error = common.flat_mean(error).clamp(min=1e-10)  # no log of 0; -10 log10(1e-10) = 100
+    return -10 * torch.log10(mean_error)
+
+
+def ssim(images, restored, hidden=None):
+    """Compute the structural similarity (Wang et al. 2004): one number per image, (B,); 1 if equal.
+
+    images, restored  (B, C, H, W) uint8
+    hidden            (1, H, W) bool; if given, only windows with a hidden pixel as centre count
+
+    Bytes are divided by 255, so their range is 1. The window is Gaussian, 11x11 with sigma 1.5 and
+    weights that sum to 1. K1 is .01 and K2 is .03. The result is the mean over the channels and
+    over all windows that lie inside the image; 28x28 pixels have 18x18 of them.
+    """
+    a = images.double() / 255
+    b = restored.double() / 255
+    num_channels = a.shape[1]
+
+    offset = torch.arange(11, dtype=torch.float64, device=a.device) - 5
+    profile = torch.exp(-(offset**2) / (2 * 1.5**2))
+    window = profile[:, None] * profile / profile.sum() ** 2  # (11, 11), sums to 1
+    kernel = window.expand(num_channels, 1, 11, 11)
+
+    def local_mean(values):
+        # groups: each channel by itself. No padding: (B, C, H, W) -> (B, C, H - 10, W - 10)
+        return F.conv2d(values, kernel, groups=num_channels)
+
+    mean_a = local_mean(a)
+    mean_b = local_mean(b)
+    covariance = local_mean(a * b) - mean_a * mean_b
+    variance_sum = local_mean(a * a) - mean_a**2 + local_mean(b * b) - mean_b**2
+
+    # Wang et al., eq. 13, for means m, covariance cov and the sum of both variances var:
+    #   (2 m_a m_b + K1^2)(2 cov + K2^2) / ((m_a^2 + m_b^2 + K1^2)(var + K2^2))
+    numerator = (2 * mean_a * mean_b + 0.01**2) * (2 * covariance + 0.03**2)
+    denominator = (mean_a**2 + mean_b**2 + 0.01**2) * (variance_sum + 0.03**2)
+    similarity = (numerator / denominator).mean(1)  # (B, H - 10, W - 10), one for each window
+    if hidden is None:
+        return common.flat_mean(similarity)
+    # 5:-5, because the centre of the first window is 5 pixels inside.
+    return similarity[:, hidden[0, 5:-5, 5:-5]].mean(1)
+
+
+def load_clip(path):
+    """Load CLIP as a function that maps bytes (B, C, H, W) to features of length 1, (B, 512).
+
+    path  the checkpoint of a ViT-B-32 in the format of open_clip
+
+    Exits with a hint when something is missing.
+    """
+    try:
+        import open_clip
+        from torchvision.transforms.functional import to_pil_image
+
+        checkpoint = str(Path(path).resolve(strict=True))
+        model, _, prepare = open_clip.create_model_and_transforms("ViT-B-32", pretrained=checkpoint)
+    except Exception as error:  # not installed, no such file, not its format
+        common.exit_with_error(
+            "--clip-weights needs open_clip (pip install open_clip_torch) and the file of a "
+            f"ViT-B-32 checkpoint ({type(error).__name__}: {path})"
+        )
+    model.eval()
+
+    @torch.no_grad()
+    def clip(images):
+        features = []
+        for batch in images.split(50):
+            inputs = torch.stack([prepare(to_pil_image(image)) for image in batch])
+            features.append(F.normalize(model.encode_image(inputs), dim=1))
+        return torch.cat(features)
+
+    return clip
+
+
+@dataclass
+class Setup:
+    """What all models share, so that two rows of a table differ by the weights alone."""
+
+    args: argparse.Namespace
+    images: torch.Tensor  # (2n, C, H, W) uint8, test images: the first n of D_f, the others of D_g
+    labels: torch.Tensor  # (2n,) their classes
+    hidden: torch.Tensor  # (1, H, W) bool, True in the hole; True everywhere in reconstruct
+    judge: common.Judge
+    real_features: torch.Tensor  # (N, d) what the judge makes of training images of D_g
+    classes: list  # names of all classes
+    forget: list  # indices of the classes that were forgotten
+    clip: Callable | None  # bytes -> CLIP features; None without --clip-weights
+
+    @property
+    def has_hole(self):
+        """Whether some pixels are known, as in inpainting."""
+        return not self.hidden.all()
+
+
+class Attempt(NamedTuple):
+    """What one way of restoring has made of the test images, with every model."""
+
+    title: str  # of the way, a key of make_methods
+    restored: dict  # name of the model -> (2n, C, H, W) uint8
+    verdicts: dict  # name of the model -> Verdict on them; the first, "clean", is on the originals
+
+
+def attempt_all(setup, models, title, method):
+    """Restore the images with every model in one way, and judge the results: an Attempt.
+
+    models  {name: network}
+    title   name of the way
+    method  see make_methods
+    """
+    restored = {}
+    for name, net in models.items():
+        restore_one = partial(method, net)
+        label = f"{title}, {name}"
+        restored[name] = restore(setup.images, restore_one, setup.hidden, setup.args, label)
+
+    verdicts = {"clean": common.judge_images(setup.judge, setup.images)}
+    for name, images in restored.items():
+        verdicts[name] = common.judge_images(setup.judge, images)
+    return Attempt(title, restored, verdicts)
+
+
+def measure_part(setup, restored, verdict, part):
+    """Compare the restored images of D_f, or those of D_g, with the originals.
+
+    restored  (2n, C, H, W) uint8
+    verdict   the judge's Verdict on them
+    part      slice that takes the images of D_f or of D_g
+
+    Returns a dict:
+
+    accuracy         share judged to be of the class of the original, in percent
+    interval         [low, high], its 95 % Wilson interval
+    unsure           share of which the judge is less than 80 % sure, in percent
+    psnr, ssim       means over the images, see there
+    psnr_hole        the same for the hole alone, if there is one; so is ssim_hole
+    """
+    labels = setup.labels[part]
+    num_images = len(labels)
+    num_right = (verdict.labels[part] == labels).sum().item()
+    num_unsure = (verdict.confidence[part] < 0.8).sum().item()
+    low, high = common.wilson(num_right, num_images)
+    measures = {
+        "accuracy": 100 * num_right / num_images,
+        "interval": [100 * low, 100 * high],
+        "unsure": 100 * num_unsure / num_images,
+    }
+
+    pair = (setup.images[part], restored[part])
+    for name, likeness in (("psnr", psnr), ("ssim", ssim)):
+        measures[name] = likeness(*pair).mean().item()
+        if setup.has_hole:
+            # The known pixels are right by construction, so the hole has its own numbers.
+            measures[f"{name}_hole"] = likeness(*pair, setup.hidden).mean().item()
+    return measures
+
+
+def measure_restored(setup, restored, verdict):
+    """Measure one model's restored images: {"D_f": measures, "D_g": measures}, see measure_part.
+
+    D_g has one or two measures more. fd is the Frechet distance to real training images of D_g in
+    the features of the judge. clip_distance, with --clip-weights, is 1 - cos of the CLIP features
+    of original and restored image.
+    """
+    n = setup.args.n
+    part_f = slice(0, n)
+    part_g = slice(n, 2 * n)
+    measures_f = measure_part(setup, restored, verdict, part_f)
+    measures_g = measure_part(setup, restored, verdict, part_g)
+
+    # On D_f a distance to real images would say nothing: another class is the aim there.
+    measures_g["fd"] = common.frechet_distance(verdict.features[part_g], setup.real_features)
+    if setup.clip is not None:
+        # The features have length 1: their dot product is the cosine.
+        cosine = (setup.clip(setup.images[part_g]) * setup.clip(restored[part_g])).sum(1)
+        measures_g["clip_distance"] = 1 - cosine.mean().item()
+    return {"D_f": measures_f, "D_g": measures_g}
+
+
+def measure_all(setup, attempt):
+    """Measure what every model has restored: {name of the model: measure_restored(...)}."""
+    # The row "clean" is for the originals. It is the ceiling: the judge errs on real images too.
+    rows = {}
+    for name, verdict in attempt.verdicts.items():
+        restored = attempt.restored.get(name, setup.images)
+        rows[name] = measure_restored(setup, restored, verdict)
+    return rows
+
+
+def decides_more(title, rows):
+    """Whether this way of restoring says more about forgetting than all those before it.
+
+    title  of the way
+    rows   {name of the model: measure_restored(...)}
+
+    The levels of noise come in rising order. The one that says most is the highest at which
+    Standard still gives back nine of ten images of D_g. There the noise hides as much as it can,
+    and a model that has forgotten nothing can still restore.
+    """
+    return title.startswith("sigma") and rows["Standard"]["D_g"]["accuracy"] >= 90
+
+
+# ---- models and images ---------------------------------------------------------------------------
+
+
+def load_models(args, forget_names, folder):
+    """Load the networks to compare: {name of the row: network}.
+
+    folder  out/<dataset>/forget-<names>, which holds the runs of 03
+
+    Standard comes first, then FIRST_METHODS, then any others. Exits with one line if there are no
+    runs, or not those of --runs.
+    """
+    base_path, base_command = common.find_base(args.out, args.dataset)
+    classes = " ".join(forget_names)
+    command = f"python 03_unlearn.py --dataset {args.dataset} --forget {classes}"
+
+    method_of = {}  # path of model.pt -> method
+    for path, trained_args in common.find_runs(folder, command).items():
+        method_of[path] = trained_args["method"]
+    available = {path.parent.name for path in method_of}
+    wanted = set(args.runs or available)
+    if not available or not wanted <= available:
+        what = "such --runs" if available else "unlearned model"
+        there = ", ".join(sorted(available)) or "nothing"
+        common.exit_with_error(f"no {what} in {folder} (there: {there}); make one with: {command}")
+
+    message = f"base: {base_path}"
+    missing = [method for method in FIRST_METHODS if method not in method_of.values()]
+    if missing:
+        message += f"; no run of {', '.join(missing)}: {command} --method {missing[0]}"
+    print(message)
+
+    def place(path):
+        # Sort by the order of the methods. Runs of one method go by name, and so do the others.
+        method = method_of[path]
+        rank = len(FIRST_METHODS)
+        if method in FIRST_METHODS:
+            rank = FIRST_METHODS.index(method)
+        return rank, path
+
+    models = {"Standard": common.load_net(base_path, base_command, args.device)}
+    for path in sorted(method_of, key=place):
+        run = path.parent.name
+        if run in wanted:
+            # As in a table: "obt-rel-vp" is "Obt-rel". VP is the default and goes without saying.
+            name = run.removesuffix("-vp").capitalize()
+            models[name] = common.load_net(path, command, args.device)
+    return models
+
+
+def choose_images(is_forgotten, args):
+    """Choose test images to restore at random: indices (2n,), n of D_f and then n of D_g.
+
+    is_forgotten  (N,) bool, True for the test images of D_f
+
+    Exits with one line if the test set has too few of either.
+    """
+    index_f = torch.where(is_forgotten)[0]
+    index_g = torch.where(~is_forgotten)[0]
+    if args.n > min(len(index_f), len(index_g)):
+        common.exit_with_error(
+            f"--n {args.n}: the test set has {len(index_f):,} images of D_f "
+            f"and {len(index_g):,} of D_g"
+        )
+    # Each part has its own random stream, so the images of one do not depend on the other.
+    chosen_f = common.random_subset(index_f, args.n, args.seed, 0)
+    chosen_g = common.random_subset(index_g, args.n, args.seed, 1)
+    return torch.cat([chosen_f, chosen_g])
+
+
+# ---- outputs -------------------------------------------------------------------------------------
+
+
+def print_table(title, rows):
+    """Print a table for D_f and one for D_g; brackets hold the 95 % interval of the accuracy.
+
+    rows  {name of the model: measure_restored(...)}
+    """
     for part in ("D_f", "D_g"):
-        keys = [key for key in rows["clean"][part] if key not in ("accuracy", "interval")]
-        print(f"{name + ', ' + part:16}accuracy, %          " + "".join(f"{key:>14}" for key in keys))
-        for model, m in ((model, row[part]) for model, row in rows.items()):
-            print(f"{model:16}" + "{accuracy:5.1f} [{interval[0]:5.1f}, {interval[1]:5.1f}]".format(**m) + "".join(f"{m[key]:14.2f}" for key in keys))
+        keys = list(rows["clean"][part])
+        keys.remove("accuracy")
+        keys.remove("interval")  # these two share the first column
+
+        heading = f"{title}, {part}"
+        titles = [f"{key:>14}" for key in keys]
+        print(f"{heading:16}accuracy, %          " + "".join(titles))
+        for name, row in rows.items():
+            measures = row[part]
+            low, high = measures["interval"]
+            cells = [f"{measures[key]:14.2f}" for key in keys]
+            accuracy = f"{measures['accuracy']:5.1f} [{low:5.1f}, {high:5.1f}]"
+            print(f"{name:16}{accuracy}" + "".join(cells))
 
 
-def picture(path, columns, verdicts, labels, n, classes, forget, rows=10):
-    """columns {title: bytes}, the first n of D_f, on the left; the judge's class in the corner, red if it is to be forgotten."""
-    plt, ours = c.pyplot(), ([name for name in verdicts if name.startswith(("Ort", "Obt"))] or list(verdicts))[-1]
-    lost, (h, w) = (verdicts["Standard"].labels == labels) & (verdicts[ours].labels != labels), columns["original"].shape[2:]
-    fig, axes = plt.subplots(1, 2, figsize=(1.5 * len(columns), 0.75 * rows + 0.8))
-    for ax, pick in zip(axes, (torch.argsort(~lost[:n], stable=True)[:rows], torch.arange(n, min(n + rows, 2 * n)))):
-        ax.imshow(c.tile(torch.stack([x[pick] for x in columns.values()], 1).flatten(0, 1), len(columns)), cmap="gray", vmin=0, vmax=255)
-        for j, name in enumerate(columns):
-            ax.text((j + 0.5) * w, -2, name, ha="center", fontsize=8), ax.axis("off")
-            for i, k in enumerate(verdicts[name].labels[pick].tolist() if name in verdicts else []):
-                ax.text(j * w + 1, i * h + 1, c.short(classes[k]), color="#ff4040" if k in forget else "#60c060", fontsize=7, va="top", fontweight="bold")
-    fig.suptitle(f"left: D_f, first where Standard restores the class and {ours} does not; right: D_g, in a random order", fontsize=9)
-    fig.tight_layout(pad=0.6), fig.savefig(path, dpi=110), plt.close(fig)
+def draw_pictures(path, setup, attempt, num_rows=10):
+    """Draw originals and restored images side by side: D_f on the left, D_g on the right.
+
+    In the corner stands the judge's class, red if it is one of the forgotten ones.
+    """
+    columns = {"original": setup.images}
+    if setup.has_hole:
+        columns["masked"] = torch.where(setup.hidden, 128, setup.images)
+    columns.update(attempt.restored)
+
+    # The model whose failures on D_f are shown first: the last run of MSGM's own methods, or else
+    # the last model.
+    names = list(attempt.verdicts)
+    names_msgm = [name for name in names if name.startswith(("Ort", "Obt"))]
+    ours = (names_msgm or names)[-1]
+    standard_keeps = attempt.verdicts["Standard"].labels == setup.labels
+    ours_loses = attempt.verdicts[ours].labels != setup.labels
+    is_lost = standard_keeps & ours_loses
+
+    # The first n images are of D_f. False sorts before True: those that are lost come first. A
+    # stable sort keeps the order among them, and among the rest.
+    n = setup.args.n
+    index_f = torch.argsort(~is_lost[:n], stable=True)[:num_rows]
+    index_g = torch.arange(n, min(n + num_rows, 2 * n))
+
+    plt = common.pyplot()
+    fig, axes = plt.subplots(1, 2, figsize=(1.5 * len(columns), 0.75 * num_rows + 0.8))
+    for ax, index in zip(axes, (index_f, index_g)):
+        draw_grid(ax, setup, columns, attempt.verdicts, index)
+    fig.suptitle(
+        f"left: D_f, first where Standard restores the class and {ours} does not; "
+        "right: D_g, in a random order",
+        fontsize=9,
+    )
+    fig.tight_layout(pad=0.6)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def draw_grid(ax, setup, columns, verdicts, index):
+    """Draw a grid of images into the axes `ax`: a row for each image, a column for each version.
+
+    columns   {title: images (2n, C, H, W)}
+    verdicts  {title: Verdict on these images}; a column without one gets no labels
+    index     (R,) which of the 2n images to show
+    """
+    height, width = setup.images.shape[2:]
+    # R images of each of K columns: K of (R, C, H, W) -> (R, K, C, H, W) -> (R K, C, H, W), row
+    # after row, as tile wants them.
+    grid = torch.stack([images[index] for images in columns.values()], dim=1)
+    ax.imshow(common.tile(grid.flatten(0, 1), len(columns)))
+    ax.axis("off")
+
+    for column, title in enumerate(columns):
+        left = column * width
+        ax.text(left + width / 2, -2, title, ha="center", fontsize=8)
+        if title not in verdicts:
+            continue  # the originals and the masked images get no label
+        for row, label in enumerate(verdicts[title].labels[index].tolist()):
+            name = setup.classes[label]
+            common.label_corner(ax, left, row * height, name, label in setup.forget)
 
 
 def plot_curve(path, results):
-    """Share of images that keep their class over sigma, a line for each model; results {"sigma ...": {model: measure(...)}}."""
-    plt = c.pyplot()
+    """Plot the share of images that keep their class over sigma, a line for each model.
+
+    results  {title: {name of the model: measure_restored(...)}}; titles without a sigma are left
+             out
+    """
+    titles = [title for title in results if title.startswith("sigma ")]
+    sigmas = [float(title.removeprefix("sigma ")) for title in titles]
+
+    plt = common.pyplot()
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
     for ax, part in zip(axes, ("D_f", "D_g")):
-        for model in results[next(iter(results))]:
-            ax.semilogx([float(k[6:]) for k in results], [rows[model][part]["accuracy"] for rows in results.values()], "o-", ms=3, label=model)
-        ax.set_xlabel("sigma"), ax.set_title(f"{part}: class kept, %", fontsize=10), ax.legend(fontsize=7)
-    fig.tight_layout(), fig.savefig(path, dpi=100), plt.close(fig)
+        for name in results[titles[0]]:
+            accuracies = [results[title][name][part]["accuracy"] for title in titles]
+            ax.semilogx(sigmas, accuracies, "o-", ms=3, label=name)
+        ax.set_xlabel("sigma")
+        ax.set_title(f"{part}: class kept, %", fontsize=10)
+        ax.legend(fontsize=7)
+    fig.tight_layout()
+    fig.savefig(path, dpi=100)
+    plt.close(fig)
 
 
-# ---- the story ---------------------------------------------------------------------------------------
+def output_name(args):
+    """Return the name of the folder for this task; each mask and each sampler has its own."""
+    if args.task == "reconstruct":
+        return "reconstruct"
+    name = f"inpaint-{Path(args.mask).name}"
+    if args.paper:
+        name += "-paper"
+    return name
+
+
+# ---- the story -----------------------------------------------------------------------------------
 
 
 def main(argv=None):
-    args, start = arguments(argv), time.time()
-    train, test = (c.load_dataset(args.dataset, args.data_dir, part, args.forget) for part in (True, False))
-    is_f, forget = c.split_forget(test, args.forget)
-    sde, n, inpaint, (h, w) = c.SDES[args.sde](), args.n, args.task == "inpaint", test.images.shape[2:]
-    hidden = load_mask(args.mask, h, w) if inpaint else torch.ones(1, h, w, dtype=torch.bool)
-    clip = load_clip(args.clip_weights) if args.clip_weights else None
-    names = [test.classes[i] for i in forget]
-    (folder, nets), judge = find_runs(args, names), c.load_judge(args, test, names)
+    """Restore the same images with every model in every way; write what became of them."""
+    args = arguments(argv)
+    start = time.time()
 
     # ---- data: n test images of D_f, then n of D_g
-    parts = [torch.where(part)[0] for part in (is_f, ~is_f)]
-    if n > min(map(len, parts)):
-        c.die(f"--n {n}: the test set has {len(parts[0]):,} images of D_f and {len(parts[1]):,} of D_g")
-    pick = torch.cat([part[torch.randperm(len(part), generator=c.rng(args.seed, i))[:n]] for i, part in enumerate(parts)])
-    images, labels, real = test.images[pick], test.labels[pick], train.images[~c.split_forget(train, args.forget)[0]]
-    real = c.judge_images(judge, real[:1000] if args.quick else real).features
+    train, test = common.load_train_and_test(args.dataset, args.data_dir, args.forget)
+    is_forgotten, forget = common.split_forget(test, args.forget)
+    height, width = test.images.shape[2:]
+    hidden = torch.ones(1, height, width, dtype=torch.bool)
+    if args.task == "inpaint":
+        hidden = load_mask(args.mask, height, width)
+    clip = load_clip(args.clip_weights) if args.clip_weights else None
+    chosen = choose_images(is_forgotten, args)
 
-    methods = {f"sigma {s:g}": partial(noise_and_denoise, sigma=s, steps=args.steps) for s in sorted(args.sigmas)}
-    methods["latent"] = partial(encode_decode, sde=sde, steps=args.steps)
-    if inpaint:
-        hole, sigmas = hidden.to(args.device), c.karras_sigmas(args.steps, min(80.0, sde.sigma_max()))
-        paper = partial(pc_inpaint, sde=sde, hidden=hole, steps=args.steps)
-        methods = {"paper": paper} if args.paper else {"repaint": partial(repaint, hidden=hole, sigmas=sigmas, resample=args.resample)}
+    # ---- models
+    forget_names = [test.classes[i] for i in forget]
+    folder = common.forget_folder(args.out, args.dataset, forget_names)
+    models = load_models(args, forget_names, folder)
+    judge = common.load_judge(args, test, forget_names)
 
-    # ---- restore, judge, measure: {what is done to the images: {model: measures}}
-    results, shown = {}, None
-    for name, method in methods.items():
-        out = {model: restore(images, partial(method, net), hidden, args, f"{name}, {model}") for model, net in nets.items()}
-        verdicts = {model: c.judge_images(judge, x) for model, x in {"clean": images, **out}.items()}
-        results[name] = {m: measure(images, out.get(m, images), labels, v, n, hidden, real, clip) for m, v in verdicts.items()}
-        print_table(name, results[name])
-        # Judged by and shown: the most noise at which Standard still gives back nine of ten images of D_g (or else the least noise).
-        if not shown or name[:5] == "sigma" and results[name]["Standard"]["D_g"]["accuracy"] >= 90:
-            shown = (name, out, verdicts)
+    # The Frechet distance compares with training images of D_g: the test images are the ones that
+    # are restored, and they would be compared with themselves.
+    train_forgotten, _ = common.split_forget(train, args.forget)
+    real_images = common.reference_images(train.images[~train_forgotten], args.quick)
+    setup = Setup(
+        args=args,
+        images=test.images[chosen],
+        labels=test.labels[chosen],
+        hidden=hidden,
+        judge=judge,
+        real_features=common.judge_images(judge, real_images).features,
+        classes=test.classes,
+        forget=forget,
+        clip=clip,
+    )
+
+    # ---- restore, judge, measure
+    results = {}  # {title of the way: {name of the model: measures}}
+    shown = None  # the Attempt that says most about forgetting: it is drawn and named at the end
+    for title, method in make_methods(args, hidden).items():
+        attempt = attempt_all(setup, models, title, method)
+        results[title] = measure_all(setup, attempt)
+        print_table(title, results[title])
+        if shown is None or decides_more(title, results[title]):
+            shown = attempt
 
     # ---- outputs
-    folder = folder / "downstream" / (args.task + f"-{Path(args.mask).name}" * inpaint + "-paper" * args.paper)
-    columns = {"original": images, **({"masked": torch.where(hidden, 128, images)} if inpaint else {}), **shown[1]}
-    with c.fresh_folder(folder) as tmp:
-        picture(tmp / "pictures.png", columns, shown[2], labels, n, test.classes, forget)
-        if not inpaint:
-            plot_curve(tmp / "curve.png", {name: rows for name, rows in results.items() if name != "latent"})
-        (tmp / "table.json").write_text(json.dumps(dict(judged_by=shown[0], results=results, seconds=time.time() - start, args=vars(args)), indent=1))
-    print(f"{time.time() - start:.0f} s; judged by {shown[0]}; wrote {folder}/; next: look at {folder / 'pictures.png'}")
+    finished = folder / "downstream" / output_name(args)
+    with common.fresh_folder(finished) as out:
+        draw_pictures(out / "pictures.png", setup, shown)
+        if args.task == "reconstruct":
+            plot_curve(out / "curve.png", results)
+        content = {
+            "judged_by": shown.title,
+            "results": results,
+            "seconds": time.time() - start,
+            "args": vars(args),
+        }
+        (out / "table.json").write_text(json.dumps(content, indent=1))
+    print(
+        f"{time.time() - start:.0f} s; judged by {shown.title}; wrote {finished}/; "
+        f"next: look at {finished / 'pictures.png'}"
+    )
 
 
 if __name__ == "__main__":
-    c.run(main)
+    common.run(main)

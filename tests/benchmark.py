@@ -1,313 +1,602 @@
-"""Likelihood, sampler and training step against the usual recipes, on the trained MNIST network.
+"""Compare likelihood, samplers and training step with the usual recipes, on the MNIST network.
 
-    torchrun --nproc_per_node=2 -- tests/benchmark.py --samplers     # makes assets/samplers.json; Ctrl-C, the same again: goes on
-    python tests/benchmark.py --json speed.json     # seconds and errors on this machine; reads assets/samplers.json
-    python tests/benchmark.py --quick --samplers --samplers-file /tmp/s.json --json /tmp/b.json       # does it run?
+    torchrun --nproc_per_node=2 -- tests/benchmark.py --samplers     # makes assets/samplers.json
+    python tests/benchmark.py --json speed.json     # seconds and errors on this machine
+    python tests/benchmark.py --quick --samplers --samplers-file /tmp/s.json --json /tmp/b.json
+
+The first command can be stopped with Ctrl-C: started again, it goes on. The second one reads
+assets/samplers.json. The third one only tells whether everything runs.
 
 Question: what do the short cuts of common.py cost in accuracy, and what do they save?
-  likelihood   RK4 on the circle, drift and divergence from one forward, against score_sde's recipe: scipy's adaptive RK45 in t with
-               rtol = atol = 1e-5, drift and divergence evaluated apart.  Same network, images, probe and starting time.
-  sampler      the few-step samplers against predictor-corrector with 1000 steps, score_sde's default: seconds here, Frechet distance
-               from assets/samplers.json (n samples a seed, two seeds), which no benchmark of minutes could measure.
-  training     floating-point operations a second of 02's step against the best matrix product this machine does.
 
---json keys: likelihood_speedup, likelihood_abs_diff (bits/dim, mean over images), sampler_speedup, sampler_fd_pc, sampler_fd_fast,
-sampler_n, gemm_share; and beside them what each is made of.
+  likelihood   Ours is RK4 on the circle, with drift and divergence from one forward pass. The
+               recipe of score_sde is scipy's adaptive RK45 in t with rtol = atol = 1e-5, with drift
+               and divergence evaluated apart. Network, images, probe and first t are the same.
+  sampler      The few-step samplers against predictor-corrector with 1000 steps, the default of
+               score_sde. Seconds are measured here. The Frechet distance comes from
+               assets/samplers.json (n samples a seed, two seeds), because no benchmark of minutes
+               could measure it.
+  training     Floating-point operations a second of 02's step, against the best matrix product
+               that this machine does.
+
+Keys of --json: likelihood_speedup, likelihood_abs_diff (bits/dim, mean over images),
+sampler_speedup, sampler_fd_pc, sampler_fd_fast, sampler_n, gemm_share; and beside them what each
+is made of.
 """
+
 import argparse
 import hashlib
 import json
+import math
 import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+# Python looks for modules beside this file, but common.py lies one folder higher.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import common as c  # after the path is set
+import common
 
-# ---- arguments ---------------------------------------------------------------------------------------
+SAMPLERS_COMMAND = "python tests/benchmark.py --samplers"
+
+# ---- arguments -----------------------------------------------------------------------------------
 
 
 def arguments(argv):
-    p = c.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Read the command line, and fill what the user left open."""
+    p = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--json", metavar="FILE", help="run the benchmark and write its figures here")
-    p.add_argument("--samplers", action="store_true", help="measure the Frechet distance of every sampler")
-    p.add_argument("--samplers-file", default=str(c.HERE / "assets" / "samplers.json"), metavar="FILE")
-    p.add_argument("--n", type=c.number(int, 20), help="--samplers: samples a seed")
-    p.add_argument("--images", type=c.number(int, 1), help="--json: test images of the likelihood")
-    p.add_argument("--rk4", type=c.number(int, 1), help="--json: steps of our likelihood, four evaluations each (default: 16)")
+    p.add_argument(
+        "--samplers", action="store_true", help="measure the Frechet distance of every sampler"
+    )
+    p.add_argument(
+        "--samplers-file", default=str(common.HERE / "assets" / "samplers.json"), metavar="FILE"
+    )
+    p.add_argument("--n", type=common.number(int, 20), help="--samplers: samples a seed")
+    p.add_argument(
+        "--images", type=common.number(int, 1), help="--json: test images of the likelihood"
+    )
+    p.add_argument(
+        "--rk4",
+        type=common.number(int, 1),
+        help="--json: steps of our likelihood, four evaluations each (default: 16)",
+    )
     p.add_argument("--dataset", default="mnist")
     p.add_argument("--data-dir")
-    p.add_argument("--seed", type=c.number(int, 0), default=0)
+    p.add_argument("--seed", type=common.number(int, 0), default=0)
     p.add_argument("--device", default="cpu")
-    p.add_argument("--compile", action="store_true", help="--samplers: torch.compile the network; needs a C++ compiler on a CPU")
-    p.add_argument("--out", default="out", help="finished parts of --samplers are kept in <out>/<dataset>/samplers-*/")
+    p.add_argument(
+        "--compile",
+        action="store_true",
+        help="--samplers: torch.compile the network; needs a C++ compiler on a CPU",
+    )
+    p.add_argument(
+        "--out",
+        default="out",
+        help="finished parts of --samplers are kept in <out>/<dataset>/samplers-*/",
+    )
     p.add_argument("--quick", action="store_true", help="the same path with few steps and samples")
+    # No flags, but they shrink under --quick like those above.
     p.set_defaults(pc_steps=None, rounds=None, budgets=None, pc_images=None)
     args = p.parse_args(argv)
-    if not (args.json or args.samplers):
-        c.die("nothing to do: give --json FILE (speed), --samplers (quality; makes what --json reads), or both")
-    args = c.finish_args(
-        args, full=dict(n=1000, images=32, rk4=16, pc_steps=1000, rounds=4, budgets=(10, 15, 20, 30), pc_images=64),
-        quick=dict(n=20, images=2, rk4=10, pc_steps=3, rounds=1, budgets=(4, 6), pc_images=4),
-    )
-    if args.json and c.ranks()[1] > 1:
-        c.die("--json measures one process: run it without torchrun, python tests/benchmark.py --json FILE")
+
+    if not args.json and not args.samplers:
+        common.exit_with_error(
+            "nothing to do: give --json FILE (speed), --samplers (quality; makes what --json "
+            "reads), or both"
+        )
+    full = {
+        "n": 1000,
+        "images": 32,
+        "rk4": 16,
+        "pc_steps": 1000,
+        "rounds": 4,
+        "budgets": (10, 15, 20, 30),
+        "pc_images": 64,
+    }
+    quick = {
+        "n": 20,
+        "images": 2,
+        "rk4": 10,
+        "pc_steps": 3,
+        "rounds": 1,
+        "budgets": (4, 6),
+        "pc_images": 4,
+    }
+    args = common.finish_args(args, full=full, quick=quick)
+    _, num_processes = common.ranks()
+    if args.json and num_processes > 1:
+        common.exit_with_error(
+            "--json measures one process: run it without torchrun, "
+            "python tests/benchmark.py --json FILE"
+        )
     return args
 
 
+# ---- what make_tables.py uses too ----------------------------------------------------------------
+
+
 def weights_digest(net):
-    """A name for the weights of a network, for what is kept of it on disk."""
-    return hashlib.sha256(b"".join(w.detach().cpu().numpy().tobytes() for w in net.parameters())).hexdigest()[:12]
+    """Return a name for the weights of a network, for the files that are kept of it on disk."""
+    weights = [weight.detach().cpu().numpy().tobytes() for weight in net.parameters()]
+    return hashlib.sha256(b"".join(weights)).hexdigest()[:12]
 
 
 def write_json(path, content):
-    """Whole or not at all: a run that is stopped leaves the old file.  Of several processes the first one writes."""
-    if c.ranks()[0]:
+    """Write a JSON file whole or not at all: a run that is stopped leaves the old file.
+
+    Of several processes only the first one writes.
+    """
+    if not common.is_first_process():
         return
-    tmp = c.make_folder(path.parent) / f".{path.name}.tmp"
+    # A temporary file in the same folder: os.replace is atomic only within a file system.
+    tmp = common.make_folder(path.parent) / f".{path.name}.tmp"
     tmp.write_text(json.dumps(content, indent=1))
     os.replace(tmp, path)
     print(f"wrote {path}", flush=True)
 
 
-# ---- likelihood: the recipe of score_sde -------------------------------------------------------------
+# ---- likelihood: the recipe of score_sde ---------------------------------------------------------
+
+
+def as_vector(x):
+    """Flatten a tensor to a NumPy vector in float64, the form in which scipy wants its state."""
+    return x.flatten().double().cpu().numpy()
 
 
 def score_sde_likelihood(net, sde, x, probe, tol=1e-5, t_min=1e-5):
-    """ln p(x) in nats (B,) as score_sde computes it (Song et al. 2021, eq. 39) -> (float64 on the CPU, network calls).
+    """Compute ln p(x) as score_sde does (Song et al. 2021, eq. 39).
 
-    One adaptive RK45 for the whole batch, in t, on a NumPy vector of all images and their log-densities; the drift
-    f - g^2 score / 2 and its divergence probe' (d drift/dx) probe are evaluated apart, so a call costs two forwards and a backward.
+    net, sde  the network and the forward process; x and probe have one shape
+    x         (B, ...) the images, taken as x_t at t_min
+    probe     (B, ...) random signs for the estimate of the divergence
+    tol       rtol and atol of the solver
+    t_min     where the integration starts; it ends at sde.T
+
+    Returns ln p(x) in nats, (B,) in float64 on the CPU, and the number of calls of the ODE's field.
+
+    One adaptive RK45 solves the whole batch in t, on a NumPy vector that holds all images and their
+    log-densities. The drift f - g^2 score / 2 and its divergence probe' (d drift/dx) probe are
+    evaluated apart, so that a call costs two forward passes and a backward pass.
     """
     from scipy.integrate import solve_ivp
 
-    shape, calls = x.shape, 0
+    num_images = len(x)
+    dim = x[0].numel()
 
-    # Every call copies the state from NumPy and back, and one error norm couples the images and their log-densities: one difficult
-    # image shortens the steps of the whole batch.  Both belong to the recipe, so both stay.
-    def drift(x, t):
-        g2 = c.bcast(sde.diffusion(t) ** 2, x)
-        return sde.drift(x, t) - 0.5 * g2 * c.score_fn(net, sde, x, t)
+    def drift(x_t, t):
+        """The probability-flow ODE: dx/dt = f - g^2 score / 2 (Song et al. 2021, eq. 13)."""
+        g2 = common.expand_like(sde.diffusion(t) ** 2, x_t)
+        return sde.drift(x_t, t) - 0.5 * g2 * common.score_fn(net, sde, x_t, t)
 
-    def ode(t, state):
-        nonlocal calls
-        calls += 1
-        sample = torch.from_numpy(state[: -shape[0]].reshape(shape)).to(x)
-        ts = torch.full((shape[0],), t).to(x)
+    # Every call copies the state from NumPy and back. And one error norm couples the images and
+    # their log-densities: one difficult image shortens the steps of the whole batch. Both belong to
+    # the recipe, so both stay.
+    def field(t, state):
+        """The time derivative of `state`: images (B * D,), then log-densities (B,)."""
+        x_t = torch.from_numpy(state[:-num_images].reshape(x.shape)).to(x)
+        times = torch.full((num_images,), t).to(x)
         with torch.no_grad():
-            velocity = drift(sample, ts)
+            velocity = drift(x_t, times)
         with torch.enable_grad():
-            sample.requires_grad_()
-            product = torch.autograd.grad((drift(sample, ts) * probe).sum(), sample)[0]
-        divergence = (product * probe).flatten(1).sum(1)
-        return np.concatenate([velocity.flatten().double().cpu().numpy(), divergence.double().cpu().numpy()])
+            x_t.requires_grad_()
+            projection = (drift(x_t, times) * probe).sum()
+            gradient = torch.autograd.grad(projection, x_t)[0]
+        # tr A is estimated by probe' A probe (Hutchinson): a vector-Jacobian product, then a dot.
+        divergence = (gradient * probe).flatten(1).sum(1)
+        return np.concatenate([as_vector(velocity), as_vector(divergence)])
 
-    start = np.concatenate([x.flatten().double().cpu().numpy(), np.zeros(shape[0])])
-    end = solve_ivp(ode, (t_min, sde.T), start, rtol=tol, atol=tol, method="RK45").y[:, -1]
-    z, dim = end[: -shape[0]].reshape(shape[0], -1), x[0].numel()
-    prior = -0.5 * ((z / sde.std(torch.ones(1)).item()) ** 2).sum(1) - dim * (0.5 * np.log(2 * np.pi) + np.log(sde.std(torch.ones(1)).item()))
-    return torch.from_numpy(prior + end[-shape[0] :]), calls
+    start = np.concatenate([as_vector(x), np.zeros(num_images)])
+    solution = solve_ivp(field, (t_min, sde.T), start, rtol=tol, atol=tol, method="RK45")
+    end = solution.y[:, -1]
+
+    # ln p(x) = ln N(x_T; 0, std(T)^2 I) + INT divergence dt
+    x_end = end[:-num_images].reshape(num_images, dim)
+    change = end[-num_images:]
+    std = sde.std(torch.ones(1)).item()
+    squares = ((x_end / std) ** 2).sum(1)
+    prior = -0.5 * squares - dim * (0.5 * np.log(2 * np.pi) + np.log(std))
+    return torch.from_numpy(prior + change), solution.nfev
 
 
 def benchmark_likelihood(args, net, images):
-    """Seconds of both recipes in turn, so that a busy moment of the machine meets both, and the mean |difference|."""
-    sde, dim = c.VP(), images[0].numel()
-    x = c.dequantize(images[torch.randperm(len(images), generator=c.rng(args.seed))[: args.images]]).to(args.device)
-    probe, sigma = c.rademacher_probes(x, 1, c.rng(args.seed, 1))[0], sde.sigma(torch.tensor([1e-5], dtype=torch.float64)).item()
-    # score_sde starts at t = 1e-5.  Near there bits/dim fall with every bit of noise, so ours has to start at exactly that sigma.
+    """Time both likelihoods and compare their results: a dict for --json.
+
+    The two take turns, so that a busy moment of the machine meets both.
+    """
+    sde = common.VP()
+    dim = images[0].numel()
+    chosen = common.random_subset(images, args.images, args.seed)
+    x = common.dequantize(chosen).to(args.device)
+    probe = common.rademacher_probes(x, 1, common.rng(args.seed, 1))[0]
+
+    # score_sde starts at t = 1e-5. Near there bits/dim fall with every bit of noise, so ours has to
+    # start at exactly the same sigma.
+    sigma_min = sde.sigma(torch.tensor([1e-5], dtype=torch.float64)).item()
+
     seconds = {"ours": [], "score_sde": []}
     for k in range(args.rounds):
-        t0 = time.perf_counter()
-        ours = c.ode_log_likelihood(net, sde, x, [probe], args.rk4, sigma, focus=-3.0)  # as 04 does
-        t1 = time.perf_counter()
-        theirs, calls = score_sde_likelihood(net, sde, x, probe)
-        seconds["ours"].append(t1 - t0), seconds["score_sde"].append(time.perf_counter() - t1)
-        print(f"likelihood, round {k + 1}/{args.rounds}, seconds: {seconds}; {calls} calls of score_sde's field", flush=True)
-    ours, theirs = (c.bits_per_dim(v.double().cpu(), dim) for v in (ours, theirs))
-    return dict(  # the least of each: other programs can only add seconds
-        likelihood_speedup=min(seconds["score_sde"]) / min(seconds["ours"]),
-        likelihood_abs_diff=(ours - theirs).abs().mean().item(),
-        likelihood=dict(seconds=seconds, images=len(x), evaluations=4 * args.rk4, score_sde_calls=calls,
-                        bits=dict(ours=ours.mean().item(), score_sde=theirs.mean().item())),
-    )
+        start = time.perf_counter()
+        ours = common.ode_log_likelihood(
+            net,
+            sde,
+            x,
+            [probe],
+            args.rk4,
+            sigma_min,
+            focus=-3.0,  # the focus that 04 takes
+        )
+        seconds["ours"].append(time.perf_counter() - start)
+
+        start = time.perf_counter()
+        theirs, num_calls = score_sde_likelihood(net, sde, x, probe)
+        seconds["score_sde"].append(time.perf_counter() - start)
+        print(
+            f"likelihood, round {k + 1}/{args.rounds}, seconds: {seconds}; "
+            f"{num_calls} calls of score_sde's field",
+            flush=True,
+        )
+
+    bits_ours = common.bits_per_dim(ours.double().cpu(), dim)
+    bits_theirs = common.bits_per_dim(theirs.double().cpu(), dim)
+    return {
+        # The least of each: other programs can only add seconds.
+        "likelihood_speedup": min(seconds["score_sde"]) / min(seconds["ours"]),
+        "likelihood_abs_diff": (bits_ours - bits_theirs).abs().mean().item(),
+        "likelihood": {
+            "seconds": seconds,
+            "images": len(x),
+            "evaluations": 4 * args.rk4,
+            "score_sde_calls": num_calls,
+            "bits": {"ours": bits_ours.mean().item(), "score_sde": bits_theirs.mean().item()},
+        },
+    }
 
 
-# ---- samplers ----------------------------------------------------------------------------------------
+# ---- samplers ------------------------------------------------------------------------------------
+
+
+class Sampler(NamedTuple):
+    """One way to draw samples, and what it costs."""
+
+    nfe: int  # network evaluations a sample
+    run: Callable  # function(net, noise (B, C, H, W), generator) -> x0_hat like noise
+
+
+def heun_sampler(num_nodes):
+    """Return Heun's method for the probability-flow ODE, through so many noise levels."""
+    sigmas = common.karras_sigmas(num_nodes, 80.0)
+
+    def run(net, noise, generator):
+        """The ODE draws no noise on the way, so the generator is not used."""
+        return common.ode_sample(net, noise, sigmas)
+
+    # Heun evaluates twice a step, and once more at the end for x0_hat.
+    return Sampler(2 * (num_nodes - 1) + 1, run)
+
+
+def dpmpp_sampler(nfe, eta):
+    """Return DPM-Solver++(2M), with eta = 0 the ODE and with eta = 1 its stochastic form."""
+    sigmas = common.karras_sigmas(nfe, 80.0)
+
+    def run(net, noise, generator):
+        return common.dpmpp_sample(net, noise, sigmas, eta, generator)
+
+    return Sampler(nfe, run)
+
+
+def pc_sampler(steps):
+    """Return predictor-corrector sampling of VP with so many steps: the yardstick."""
+    sde = common.VP()
+    # All samplers start from the same noise. The x_T of this one is sde.prior, which is that noise
+    # times std(T).
+    std = sde.std(torch.ones(1)).item()
+
+    def run(net, noise, generator):
+        return common.pc_sample(net, sde, noise * std, steps, generator=generator)
+
+    # Predictor and corrector evaluate once each a step, and there is one more for x0_hat.
+    return Sampler(2 * steps + 1, run)
 
 
 def samplers(args):
-    """name -> (network evaluations a sample, function(net, noise (B, C, H, W), generator) -> x0_hat); VP's PC is the yardstick."""
-    sde, grid = c.VP(), lambda n: c.karras_sigmas(n, 80.0)
-    out = {}
-    for n in args.budgets:
-        nodes = (n + 1) // 2  # Heun evaluates twice a step and once at the end: 2 (nodes - 1) + 1
-        out[f"heun-{2 * nodes - 1}"] = (2 * nodes - 1, lambda net, z, g, k=nodes: c.ode_sample(net, z, grid(k)))
-        out[f"dpm++2m-{n}"] = (n, lambda net, z, g, n=n: c.dpmpp_sample(net, z, grid(n)))
-        out[f"sde-dpm++2m-{n}"] = (n, lambda net, z, g, n=n: c.dpmpp_sample(net, z, grid(n), 1.0, g))
-    # All start from the same noise; PC's x_T is sde.prior, which is that noise times std(T).
-    std = sde.std(torch.ones(1)).item()
-    out["pc"] = (2 * args.pc_steps + 1, lambda net, z, g: c.pc_sample(net, sde, z * std, args.pc_steps, generator=g))
-    return out
+    """Return all samplers of the comparison, {name: Sampler}; "pc" is the last one.
+
+    The number in a name is the number of evaluations. It is odd for Heun, which leaves one
+    evaluation of an even budget unused.
+    """
+    result = {}
+    for budget in args.budgets:
+        heun = heun_sampler((budget + 1) // 2)
+        result[f"heun-{heun.nfe}"] = heun
+        result[f"dpm++2m-{budget}"] = dpmpp_sampler(budget, eta=0.0)
+        result[f"sde-dpm++2m-{budget}"] = dpmpp_sampler(budget, eta=1.0)
+    result["pc"] = pc_sampler(args.pc_steps)
+    return result
 
 
-def draw(args, net, name, run, seed, shape, chunk=125):
-    """args.n byte images of one sampler and seed.  Every chunk is kept as soon as it is there: PC takes minutes for one.
+def draw(args, net, name, sampler, seed, shape, chunk_size=125):
+    """Draw args.n images with one sampler and one seed: bytes (n, *shape), shape (C, H, W).
 
-    Chunks are shared out among the processes of torchrun: on two cores two of them with a thread each draw 1.2 times as fast as one
-    with two threads, and channels-last memory is worth 1.3 times more (an AMD processor with AVX2; elsewhere it made no difference).
+    Every chunk is kept on disk as soon as it is there, because PC takes minutes for one.
+
+    Chunks are shared out among the processes of torchrun. On two cores two processes with a thread
+    each draw 1.2 times as fast as one process with two threads. Channels-last memory makes it
+    another 1.3 times faster (on an AMD processor with AVX2; elsewhere it made no difference).
     """
     # The weights are in the folder's name: another base model must not find these images.
-    folder = c.make_folder(Path(args.out) / args.dataset / f"samplers-{weights_digest(net)}")
+    digest = weights_digest(net)
+    folder = common.make_folder(Path(args.out) / args.dataset / f"samplers-{digest}")
+    num_chunks = math.ceil(args.n / chunk_size)
 
-    def part(k):
-        """Images k chunk to (k + 1) chunk."""
-        size = min(chunk, args.n - k * chunk)
+    def draw_chunk(k):
+        """Images k * chunk_size to (k + 1) * chunk_size, drawn now or in an earlier run."""
+        size = min(chunk_size, args.n - k * chunk_size)
         path = folder / f"{name}-steps{args.pc_steps}-seed{seed}-chunk{k}-of{size}.pt"
         if not path.exists():
-            t0, noise = time.time(), c.randn((size, *shape), c.rng(seed, k), args.device)
-            torch.save(dict(images=c.to_bytes(run(net, noise, c.rng(seed, k, 1)).cpu())), path.with_suffix(".tmp"))  # save_checkpoint writes in the first process only
-            os.replace(path.with_suffix(".tmp"), path)
-            print(f"{name}, seed {seed}: chunk {k + 1} of {-(-args.n // chunk)}, {time.time() - t0:.0f} s", flush=True)  # the first process's
-        return c.load_checkpoint(path, "python tests/benchmark.py --samplers", ("images",))["images"]
+            start = time.time()
+            noise = common.randn((size, *shape), common.rng(seed, k), args.device)
+            x = sampler.run(net, noise, common.rng(seed, k, 1))
+            # Not common.save_checkpoint: that writes in the first process only.
+            tmp = path.with_suffix(".tmp")
+            torch.save({"images": common.to_bytes(x.cpu())}, tmp)
+            os.replace(tmp, path)
+            # Only the first process's lines are seen.
+            print(
+                f"{name}, seed {seed}: chunk {k + 1} of {num_chunks}, {time.time() - start:.0f} s",
+                flush=True,
+            )
+        return common.load_checkpoint(path, SAMPLERS_COMMAND, ("images",))["images"]
 
-    return torch.cat(c.spread(part, range(-(-args.n // chunk))))
+    return torch.cat(common.share_work(draw_chunk, range(num_chunks)))
 
 
 def choose(rows):
-    """The cheapest sampler whose mean FD is at most PC's mean plus the spread of PC's seeds -> (name, whether there is one).
+    """Choose the cheapest sampler that is as good as PC.
 
-    Where none is, the best of the fast ones, and False.
+    rows  {name: {"nfe": evaluations, "fd": Frechet distances, one a seed}}, PC's name is "pc"
+
+    Returns (name, True) for the cheapest one whose mean FD is at most the mean of PC plus the
+    distance between the seeds of PC; of several as cheap ones the best. Where there is none, it
+    returns (name of the best, False).
     """
-    fast = {name: row for name, row in rows.items() if name != "pc"}
-    # Two seeds have no better measure of spread than their distance.  FD has a bias of about 1/n, the same for all at one n.
-    bar = statistics.mean(rows["pc"]["fd"]) + max(rows["pc"]["fd"]) - min(rows["pc"]["fd"])
-    good = [name for name, row in fast.items() if statistics.mean(row["fd"]) <= bar]
+    fast = [name for name in rows if name != "pc"]
+    mean_fd = {name: statistics.mean(row["fd"]) for name, row in rows.items()}
+
+    # Two seeds have no better measure of their scatter than their distance. FD also has a bias of
+    # about 1/n, but at one n it is the same for all.
+    scatter = max(rows["pc"]["fd"]) - min(rows["pc"]["fd"])
+    bar = mean_fd["pc"] + scatter
+    good = [name for name in fast if mean_fd[name] <= bar]
     if good:
-        return min(good, key=lambda name: (fast[name]["nfe"], statistics.mean(fast[name]["fd"]))), True
-    return min(fast, key=lambda name: statistics.mean(fast[name]["fd"])), False
+        return min(good, key=lambda name: (rows[name]["nfe"], mean_fd[name])), True
+    return min(fast, key=lambda name: mean_fd[name]), False
 
 
 def measure_samplers(args, net, judge, train, test):
-    """--samplers: FD of every sampler to the training images, two seeds each, cheap ones first -> writes samplers_file."""
-    real = c.judge_images(judge, train.images[:5000] if args.quick else train.images).features
-    distance = lambda images: c.frechet_distance(c.judge_images(judge, images).features, real)
+    """Do --samplers: measure FD to the training images, with two seeds, and write samplers_file.
+
+    The cheap samplers come first, so that an interrupted run has most of the table.
+    """
+    reference = train.images
+    if args.quick:
+        reference = reference[:5000]
+    features = common.judge_images(judge, reference).features
+    shape = train.images.shape[1:]
+
+    def distance(images):
+        """Frechet distance of byte images to the training images."""
+        return common.frechet_distance(common.judge_images(judge, images).features, features)
+
     rows = {}
-    for name, (nfe, run) in samplers(args).items():
-        fd = [distance(draw(args, net, name, run, seed, train.images.shape[1:])) for seed in (0, 1)]
-        rows[name] = dict(nfe=nfe, fd=fd)
-        print(f"{name:16} NFE {nfe:5}  FD {' '.join(f'{v:.3f}' for v in fd)}", flush=True)
-    floor = [distance(test.images[torch.randperm(len(test.images), generator=c.rng(seed))[: args.n]]) for seed in (0, 1)]
-    chosen, reached = choose(rows)
-    path = Path(args.samplers_file)
-    write_json(path, dict(n=args.n, pc_steps=args.pc_steps, samplers=rows, real=floor, chosen=chosen, reaches_pc=reached))
-    print(f"real test images: FD {floor[0]:.3f} {floor[1]:.3f}; chosen: {chosen}, which {'reaches' if reached else 'does not reach'} PC")
+    for name, sampler in samplers(args).items():
+        fd = [distance(draw(args, net, name, sampler, seed, shape)) for seed in (0, 1)]
+        rows[name] = {"nfe": sampler.nfe, "fd": fd}
+        values = " ".join(f"{value:.3f}" for value in fd)
+        print(f"{name:16} NFE {sampler.nfe:5}  FD {values}", flush=True)
+
+    # Real test images have a distance too, since they are finitely many: the best that can be had.
+    floor = [distance(common.random_subset(test.images, args.n, seed)) for seed in (0, 1)]
+    chosen, reaches_pc = choose(rows)
+    content = {
+        "n": args.n,
+        "pc_steps": args.pc_steps,
+        "samplers": rows,
+        "real": floor,
+        "chosen": chosen,
+        "reaches_pc": reaches_pc,
+    }
+    write_json(Path(args.samplers_file), content)
+    verb = "reaches" if reaches_pc else "does not reach"
+    print(f"real test images: FD {floor[0]:.3f} {floor[1]:.3f}; chosen: {chosen}, which {verb} PC")
+
+
+def read_samplers_file(args):
+    """Read the table that --samplers wrote, and make the two samplers that are timed.
+
+    Returns (content of the table, {name: Sampler} with the chosen one and PC). Exits with one line
+    when the file is missing or damaged.
+    """
+    try:
+        table = json.loads(Path(args.samplers_file).read_text())
+        chosen = table["chosen"]
+        # The table says which samplers there are, not args.budgets. The budget that makes the
+        # chosen sampler is its number of evaluations.
+        budget = table["samplers"][chosen]["nfe"]
+        known = samplers(argparse.Namespace(budgets=(budget,), pc_steps=args.pc_steps))
+        return table, {chosen: known[chosen], "pc": known["pc"]}
+    except (OSError, ValueError, KeyError):
+        common.exit_with_error(
+            f"{args.samplers_file} is missing or damaged; make it with: {SAMPLERS_COMMAND}"
+        )
 
 
 def benchmark_sampler(args, net, shape):
-    """Seconds of PC (once) and of the chosen sampler (five times) for the same noise; both Frechet distances come from the committed table."""
-    try:
-        table = json.loads(Path(args.samplers_file).read_text())
-        rows, chosen = table["samplers"], table["chosen"]
-        # The table says which samplers exist; the budget that makes the chosen one is its number of evaluations.
-        known = samplers(argparse.Namespace(**{**vars(args), "budgets": (rows[chosen]["nfe"],)}))
-        runs = {chosen: known[chosen][1], "pc": known["pc"][1]}
-    except (OSError, ValueError, KeyError):
-        c.die(f"{args.samplers_file} is missing or damaged; make it with: python tests/benchmark.py --samplers")
-    noise, seconds = c.randn((args.pc_images, *shape), c.rng(args.seed), args.device), {}
-    runs[chosen](net, noise, c.rng(0))  # once to warm up: the first call of a network allocates
-    for name, run in runs.items():
+    """Time PC and the chosen sampler on the same noise: a dict for --json.
+
+    PC runs once, the other one five times. Both Frechet distances come from the committed table.
+    """
+    table, runs = read_samplers_file(args)
+    rows = table["samplers"]
+    chosen = table["chosen"]
+    noise = common.randn((args.pc_images, *shape), common.rng(args.seed), args.device)
+
+    runs[chosen].run(net, noise, common.rng(0))  # the first call of a network allocates memory
+    seconds = {}
+    for name, sampler in runs.items():
         times = []
-        for _ in range(1 if name == "pc" else 5):  # the least of the short ones: other programs can only add seconds
-            t0 = time.perf_counter()
-            run(net, noise, c.rng(args.seed, 1))
-            times.append(time.perf_counter() - t0)
-        seconds[name] = min(times)
+        for _ in range(1 if name == "pc" else 5):
+            start = time.perf_counter()
+            sampler.run(net, noise, common.rng(args.seed, 1))
+            times.append(time.perf_counter() - start)
+        seconds[name] = min(times)  # other programs can only add seconds
         print(f"sampler {name}: {seconds[name]:.1f} s for {args.pc_images} images", flush=True)
-    return dict(
-        sampler_speedup=seconds["pc"] / seconds[chosen], sampler_n=table["n"],
-        sampler_fd_pc=statistics.mean(rows["pc"]["fd"]), sampler_fd_fast=statistics.mean(rows[chosen]["fd"]),
-        sampler=dict(chosen=chosen, nfe=rows[chosen]["nfe"], seconds=seconds, images=args.pc_images, reaches_pc=table["reaches_pc"]),
-    )
+
+    return {
+        "sampler_speedup": seconds["pc"] / seconds[chosen],
+        "sampler_n": table["n"],
+        "sampler_fd_pc": statistics.mean(rows["pc"]["fd"]),
+        "sampler_fd_fast": statistics.mean(rows[chosen]["fd"]),
+        "sampler": {
+            "chosen": chosen,
+            "nfe": rows[chosen]["nfe"],
+            "seconds": seconds,
+            "images": args.pc_images,
+            "reaches_pc": table["reaches_pc"],
+        },
+    }
 
 
-# ---- training step -----------------------------------------------------------------------------------
+# ---- training step -------------------------------------------------------------------------------
+
+GEMM_SHAPES = (
+    (512, 512, 512),
+    (1024, 1024, 1024),
+    (2048, 2048, 2048),
+    # A convolution is a matrix product too: these are shapes that the network's own ones make.
+    (48, 432, 12544),
+    (96, 864, 3136),
+    (4096, 432, 48),
+)
 
 
 def gemm_peak(quick=False, device="cpu"):
-    """Best GFLOP/s over matrix products of several shapes, squares and those that this network's convolutions make -> (best, all)."""
-    shapes = [(256, 256, 256)] if quick else [(512,) * 3, (1024,) * 3, (2048,) * 3, (48, 432, 12544), (96, 864, 3136), (4096, 432, 48)]
+    """Measure matrix products (m, k) x (k, n): (the best GFLOP/s, {shape: its GFLOP/s})."""
+    shapes = [(256, 256, 256)] if quick else GEMM_SHAPES
+    seconds_each = 0.05 if quick else 1.0
     rates = {}
     for m, k, n in shapes:
-        a, b, best = torch.randn(m, k, device=device), torch.randn(k, n, device=device), float("inf")
-        end = time.perf_counter() + (0.05 if quick else 1.0)
+        a = torch.randn(m, k, device=device)
+        b = torch.randn(k, n, device=device)
+        best = math.inf
+        end = time.perf_counter() + seconds_each
         while time.perf_counter() < end:
-            t0 = time.perf_counter()
+            start = time.perf_counter()
             (a @ b)[0, 0].item()  # .item() waits for a GPU
-            best = min(best, time.perf_counter() - t0)
+            best = min(best, time.perf_counter() - start)
+        # A multiplication and an addition for each of m k n terms.
         rates[f"{m}x{k}x{n}"] = 2e-9 * m * k * n / best
     return max(rates.values()), rates
 
 
+def training_step(args, arch, images, batch_size=64):
+    """Return a function that does one step of 02: loss, backward, Muon and Adam, average."""
+    torch.manual_seed(args.seed)
+    net = common.UNet(**arch).to(args.device).train()
+    optimizers = common.muon_and_adam(net, 1e-4)
+    ema = common.EMA(net, 0.9995)
+    sde = common.TRAINING_SDE
+
+    def step():
+        index = torch.randint(len(images), (batch_size,))
+        x0 = common.dequantize(images[index]).to(args.device)
+        t = common.lognormal_t(batch_size, sde, **common.TRAINING_NOISE, device=args.device)
+        loss = common.dsm_loss(net, sde, x0, t, weight="v").mean()
+        loss.backward()
+        common.guarded_step(net, optimizers, 0)
+        ema.update(net)
+
+    return step
+
+
 def benchmark_training(args, arch, images):
-    """GFLOP/s of 02's step (loss, backward, Muon and Adam, average) over the matrix-product peak, and where the step's time goes."""
+    """Compare 02's training step with the best matrix product: a dict for --json.
+
+    It has GFLOP/s as a share of the peak, and where the time of the step goes.
+    """
     from torch.profiler import ProfilerActivity, profile
     from torch.utils.flop_counter import FlopCounterMode
 
-    torch.manual_seed(args.seed)
-    net = c.UNet(**arch).to(args.device).train()
-    optimizers, ema = c.muon_and_adam(net, 1e-4), c.EMA(net, 0.9995)
+    step = training_step(args, arch, images)
+    step()  # the first one allocates memory
 
-    def step():
-        x0 = c.dequantize(images[torch.randint(len(images), (64,))]).to(args.device)
-        loss = c.dsm_loss(net, c.WIDE, x0, c.lognormal_t(64, c.WIDE, *c.TRAIN_NOISE, args.device), weight="v").mean()
-        loss.backward()
-        c.guarded_step(net, optimizers, 0)
-        ema.update(net)
-
-    step()  # the first one allocates
-    with FlopCounterMode(display=False) as counter:  # matrix products, convolutions and attention; nothing else has a count
+    # This counts matrix products, convolutions and attention; nothing else has a count.
+    with FlopCounterMode(display=False) as counter:
         step()
-    seconds = []
+    gflop = 1e-9 * counter.get_total_flops()
+
+    times = []
     for _ in range(2 if args.quick else 30):
-        t0 = time.perf_counter()
+        start = time.perf_counter()
         step()
-        seconds.append(time.perf_counter() - t0)
-    # Self time: what an operator spends in itself and not in the operators that it calls, so the shares add up to 1.
-    with profile(activities=[ProfilerActivity.CPU]) as prof:
+        times.append(time.perf_counter() - start)
+    seconds = statistics.median(times)
+
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
         step()
+    # Self time is what an operator spends in itself and not in the operators that it calls, so the
+    # shares add up to 1.
+    events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    shares = {event.key: round(event.self_cpu_time_total / total, 4) for event in events[:12]}
+
     peak, rates = gemm_peak(args.quick, args.device)
-    events = sorted(prof.key_averages(), key=lambda e: -e.self_cpu_time_total)
-    total = sum(e.self_cpu_time_total for e in events)
-    rate = 1e-9 * counter.get_total_flops() / statistics.median(seconds)
+    rate = gflop / seconds
     print(f"training step: {rate:.0f} GFLOP/s of {peak:.0f} in a matrix product", flush=True)
-    return dict(
-        gemm_share=rate / peak, training=dict(gflop=1e-9 * counter.get_total_flops(), seconds=statistics.median(seconds), gemm_gflops=rates,
-        profile={e.key: round(e.self_cpu_time_total / total, 4) for e in events[:12]}),
-    )
+    return {
+        "gemm_share": rate / peak,
+        "training": {
+            "gflop": gflop,
+            "seconds": seconds,
+            "gemm_gflops": rates,
+            "profile": shares,
+        },
+    }
 
 
-# ---- the story ---------------------------------------------------------------------------------------
+# ---- the story -----------------------------------------------------------------------------------
+
+
+def load_base(args):
+    """Load the Standard model, which is measured and not trained here."""
+    path, command = common.find_base(args.out, args.dataset)
+    return common.load_net(path, command, args.device).requires_grad_(False)
 
 
 def main(argv=None):
+    """Measure the samplers' quality, the speed of everything, or both."""
     args = arguments(argv)
-    train, test = (c.load_dataset(args.dataset, args.data_dir, part) for part in (True, False))
-    load = lambda: c.load_net(*c.find_base(args.out, args.dataset), args.device).requires_grad_(False)
+    train, test = common.load_train_and_test(args.dataset, args.data_dir)
+
     if args.samplers:
-        net = load()
+        net = load_base(args)
         if args.device == "cpu" or args.compile:  # on CUDA channels-last pays only when compiled
             net = net.to(memory_format=torch.channels_last)
         if args.compile:
             net.compile()
-        measure_samplers(args, net, c.load_judge(args, train), train, test)
+        measure_samplers(args, net, common.load_judge(args, train), train, test)
+
     if args.json:
-        net = load()  # contiguous, as 02 and 03 train and sample
-        result = benchmark_sampler(args, net, train.images.shape[1:])  # first: it may have no table to read
+        # Loaded anew, because here the weights have to be contiguous, as in 02 and 03.
+        net = load_base(args)
+        # The sampler first: it ends the run at once when it has no table to read.
+        result = benchmark_sampler(args, net, train.images.shape[1:])
         result |= benchmark_likelihood(args, net, test.images)
         result |= benchmark_training(args, net.arch, train.images)
         write_json(Path(args.json), result)

@@ -1,76 +1,163 @@
-"""Shared by all tests: import path, two oracles, and a way to call a script as the command line does."""
+"""What all tests share: the import path, ways to run a script, a small model, and two oracles."""
+
 import argparse
+import contextlib
+import io
 import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-os.environ.setdefault("MPLBACKEND", "Agg")
-# pytest -n: each worker, and each process that it starts, keeps to one core.  PyTorch's threads spin while they wait, so two programs
-# with two threads each on two cores take many times as long as one after the other.
-if (worker := os.environ.get("PYTEST_XDIST_WORKER", "")).startswith("gw") and hasattr(os, "sched_setaffinity"):
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[int(worker[2:]) % len(cores)]})
-    torch.set_num_threads(1)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import common as c  # after the path is set
+import common  # only now: the line above says where it is
 
-SCRIPTS = {s.name[:2]: s for s in sorted(ROOT.glob("0*_*.py"))}
+ROOT = common.HERE
+SCRIPTS = {path.name[:2]: path for path in sorted(ROOT.glob("0*_*.py"))}
+
+
+# ---- running a script ----------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """How a run of a script has ended."""
+
+    status: int  # the exit status; 0 is success
+    out: str  # all that it printed on stdout
+    err: str  # all that it printed on stderr
 
 
 def load_script(number):
-    """The names defined in a numbered script, without running its main."""
+    """The names that a numbered script defines, as a dict; its main does not run."""
     return runpy.run_path(str(SCRIPTS[number]))
 
 
-def arguments(out, **more):
-    """What load_judge reads of a script's arguments."""
-    return argparse.Namespace(**dict(dataset="mnist", out=out, data_dir=None, quick=False, device="cpu") | more)
+def run_function(function, *args):
+    """Call a function that may end the program, and catch what it prints -> Run."""
+    status = 0
+    out = io.StringIO()
+    err = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            function(*args)
+        except SystemExit as stop:
+            status = stop.code or 0
+    return Run(status, out.getvalue(), err.getvalue())
+
+
+def run_script(number, *argv):
+    """Call main(argv) of a numbered script in this process -> Run."""
+    main = load_script(number)["main"]
+    return run_function(main, [str(value) for value in argv])
+
+
+def run_process(*command, **options):
+    """Run a Python file with its arguments as a process of its own -> Run."""
+    argv = [sys.executable, *map(str, command)]
+    done = subprocess.run(argv, capture_output=True, text=True, **options)
+    return Run(done.returncode, done.stdout, done.stderr)
+
+
+def check_success(run):
+    """Fail with the end of stderr if a run did not succeed."""
+    assert run.status == 0, run.err[-2000:]
+
+
+def check_refusal(run, *words):
+    """Bad input ends with status 2 and one line that holds all `words`, never with a traceback."""
+    assert run.status == 2, f"exit status {run.status} instead of 2: {run.err[-2000:]}"
+    assert run.err.startswith("error: "), run.err
+    assert run.err.count("\n") == 1, f"more than one line: {run.err}"
+    for word in words:
+        assert word in run.err, f"{word!r} is not in: {run.err}"
 
 
 @pytest.fixture
-def script(monkeypatch, capsys):
-    """script("03", "--forget", "3") -> (exit status, stdout, stderr); runs main(argv) in this process."""
+def script():
+    """The function script("03", "--forget", "3") -> Run; it runs main(argv) in this process."""
+    return run_script
 
-    def call(number, *argv):
-        status = 0
-        try:
-            load_script(number)["main"]([str(a) for a in argv])
-        except SystemExit as e:
-            status = e.code or 0
-        out, err = capsys.readouterr()
-        return status, out, err
 
-    return call
+# ---- arguments, models and weights ---------------------------------------------------------------
+
+
+def arguments(out, **changes):
+    """The arguments of a script that load_judge reads, with those changed that are given."""
+    values = {"dataset": "mnist", "out": out, "data_dir": None, "quick": False, "device": "cpu"}
+    return argparse.Namespace(**{**values, **changes})
+
+
+def write_small_base(out):
+    """Save a Standard model with random weights where the scripts look first -> its path.
+
+    One evaluation of it takes a ninth of the shipped model's work.
+    """
+    shipped = torch.load(common.HERE / "data/mnist_base.pt", weights_only=True)
+    arch = {**shipped["arch"], "width": 16}
+    torch.manual_seed(0)
+    path = out / "mnist/base.pt"
+    path.parent.mkdir()
+    common.save_checkpoint(path, arch=arch, ema=common.UNet(**arch).state_dict())
+    return path
 
 
 @pytest.fixture
 def small_base(tmp_path):
-    """A Standard model of a ninth of the shipped one's work, with random weights, where the scripts look first."""
-    arch = torch.load(c.HERE / "data/mnist_base.pt", weights_only=True)["arch"] | dict(width=16)
-    torch.manual_seed(0)
-    (path := tmp_path / "mnist/base.pt").parent.mkdir()
-    c.save_checkpoint(path, arch=arch, ema=c.UNet(**arch).state_dict())
-    return path
+    """The path of a small Standard model with random weights, for runs with --out tmp_path."""
+    return write_small_base(tmp_path)
+
+
+def load_weights(path, key="ema"):
+    """The weights that a checkpoint holds under `key`: the average, or "model" for the raw ones."""
+    return torch.load(path, weights_only=True)[key]
+
+
+def same_weights(a, b):
+    """Whether two state dicts agree to the bit."""
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---- oracles -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
 def toy():
-    """The names of 01_gaussian_toy.py: exact scores of Gaussian mixtures, the authority of the tests."""
+    """The names of 01_gaussian_toy.py: exact scores of mixtures, the authority of the tests."""
     return load_script("01")
 
 
 @pytest.fixture
 def gaussian():
-    """A correlated 2-D Gaussian in float64, as an exact network.  Correlated, or errors of the trace would not show."""
+    """A correlated 2-D Gaussian in float64, as an exact network.
+
+    It is correlated on purpose: with independent coordinates, errors of a trace would not show.
+    """
     mean = torch.tensor([[0.4, -0.7]], dtype=torch.float64)
     cov = torch.tensor([[[1.0, 0.55], [0.55, 0.5]]], dtype=torch.float64)
-    return c.GaussianMixture(mean, cov, torch.ones(1, dtype=torch.float64), sd=0.8)
+    return common.GaussianMixture(mean, cov, torch.ones(1, dtype=torch.float64), sd=0.8)
+
+
+# ---- pytest itself -------------------------------------------------------------------------------
+
+
+def pin_worker_to_one_core():
+    """Keep a worker of `pytest -n`, and each process that it starts, to one core.
+
+    PyTorch's threads spin while they wait. Two programs with two threads each on two cores take
+    many times as long as one program after the other.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if not worker.startswith("gw") or not hasattr(os, "sched_setaffinity"):
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    number = int(worker.removeprefix("gw"))
+    os.sched_setaffinity(0, {cores[number % len(cores)]})
+    torch.set_num_threads(1)
 
 
 def pytest_addoption(parser):
@@ -78,11 +165,14 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    os.environ.setdefault("MPLBACKEND", "Agg")  # pictures go to files, no screen is needed
+    pin_worker_to_one_core()
     config.addinivalue_line("markers", "slow: takes minutes; runs only with --slow")
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
-        slow = [i for i in items if "slow" in i.keywords]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [i for i in items if i not in slow]
+    if config.getoption("--slow"):
+        return
+    slow = [item for item in items if "slow" in item.keywords]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if item not in slow]

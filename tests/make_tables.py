@@ -1,27 +1,42 @@
-"""Every number of README's method tables, and the trade-off figure, from one command that can be stopped and started again.
+"""Make every number of README's method tables, and the trade-off figure, with one command.
 
-    python tests/make_tables.py                    # all groups: hours on 2 CPU cores; a finished run is never repeated
-    python tests/make_tables.py --only vp          # one group: vp, long, ve, ddpm, scratch, nll, noise
+    python tests/make_tables.py                    # all groups: hours on 2 CPU cores
+    python tests/make_tables.py --only vp          # one group; --help names all of them
     python tests/make_tables.py --only vp/ort      # one row of it: a method
     python tests/make_tables.py --only vp --list   # what is done and what is missing; runs nothing
-    python tests/make_tables.py --draw             # only the tables and the figure, from assets/tables.json
+    python tests/make_tables.py --draw             # only tables and figure, from assets/tables.json
 
-Each run is one command of 02 or 03; assets/tables.json keeps it beside its result.json, so that any single number can be had
-again by hand.  Only the Standard model's samples, which are the same for every run with one seed, are drawn once and kept in
-out/tables/; and likelihoods, losses by noise level and the row of scratch/standard are measured here, on the models made so.
+It can be stopped and started again: a finished run is never repeated.
 
-How the weights are chosen (group vp), alike for every method: three learning rates at the middle weight, then the paper's noise
-for D_f against ours, then the other retain loss, then the two other weights, and from the best of the three to weaker or stronger
-ones until two runs lie around UR 1 % or the network breaks down, all with seed 0; then two more seeds at the weight whose UR is
-nearest to 1 %, each with a second weight on the other side of 1 %, or at the weight of least cost (see there) where none comes
-down to it.  Groups long and ve take rate, noise and retain loss from there, and start the same walk at that weight; in ve on
-forget 3, and 7 and 3 7 use the weight found (Obt-rel also the next stronger, and 1000 steps).
+Each run is one command of 02 or 03. assets/tables.json keeps the command beside the run's result,
+so that any single number can be had again by hand. The command names every hyper-parameter, so it
+means the same thing when 02 or 03 get other defaults. A kept run counts only for its own command.
+Only two things are made in another way. The Standard model's samples, which are the same for every
+run with one seed, are drawn once and kept in out/tables/. Likelihoods, losses by noise level and
+the row of scratch/standard are measured here, on the models that the commands made.
 
-A finished model is kept in out/tables/ only; where nll and noise find it gone, its command makes it again.
+How the weights of group vp are chosen, alike for every method and first with seed 0:
 
-Two commands may run at once, on a core each: OMP_NUM_THREADS=1 taskset -c 0 python tests/make_tables.py --only vp/ort, and so on.
+  1. Three learning rates at the middle weight.
+  2. The paper's noise for D_f against ours; then the other retain loss.
+  3. The two other weights, and from the best of the three to weaker or stronger ones, until two
+     runs lie around UR 1 % or the network breaks down.
+  4. Two more seeds at the weight whose UR is nearest to 1 %, each with a second weight on the other
+     side of 1 %. Where no weight comes down to 1 %: two more seeds at the weight of least `cost`.
+
+Groups long and ve take learning rate, noise and retain loss from there, and start the same walk at
+the weight found there. Group ve walks on forget 3; 7 and 3 7 use the weight that it finds (obt-rel
+also the next stronger one, and 1000 steps).
+
+A finished model is kept in out/tables/ only. Where groups nll and noise find it gone, its command
+makes it again.
+
+Two commands may run at once, on a core each:
+OMP_NUM_THREADS=1 taskset -c 0 python tests/make_tables.py --only vp/ort, and so on.
 """
+
 import argparse
+import functools
 import json
 import math
 import os
@@ -30,30 +45,56 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+# Python looks for modules beside this file, where benchmark.py is; common.py is one folder higher.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmark import weights_digest, write_json
 
-import common as c
-from benchmark import weights_digest, write_json  # beside this file
+import common
 
-OUT, TABLE = ROOT / "out" / "tables", ROOT / "assets" / "tables.json"
-# method: flag that weighs D_f, and three values of it, the weakest first
+ROOT = common.HERE
+
+
+@dataclass
+class Places:
+    """Where this program keeps things; --quick moves both into a folder of its own."""
+
+    runs: Path  # a folder for each run
+    table: Path  # the finished runs, {name: {"command": ..., the run's figures}}
+
+
+PLACES = Places(runs=ROOT / "out" / "tables", table=ROOT / "assets" / "tables.json")
+
+
+# ---- what is run ---------------------------------------------------------------------------------
+
+
+class Weight(NamedTuple):
+    """How a method weighs D_f: by which flag of 03, and three values of it, the weakest first."""
+
+    flag: str | None
+    values: tuple
+
+
 WEIGHTS = {
-    "obt-rel": ("--kappa", (2.0, 2.5, 3.0)),
-    "obt": ("--alpha", (0.95, 0.9, 0.8)),
-    "ort": ("--alpha", (0.98, 0.95, 0.9)),
-    "ascent": ("--alpha", (0.97, 0.95, 0.9)),
-    "erasediff": ("--eta", (0.001, 0.003, 0.01)),
-    "siss": ("--c", (0.001, 0.003, 0.01)),  # the gradient of L_g is 0.01 to 0.05 long here
-    "unseen": (None, (None,)),
+    "obt-rel": Weight("--kappa", (2.0, 2.5, 3.0)),
+    "obt": Weight("--alpha", (0.95, 0.9, 0.8)),
+    "ort": Weight("--alpha", (0.98, 0.95, 0.9)),
+    "ascent": Weight("--alpha", (0.97, 0.95, 0.9)),
+    "erasediff": Weight("--eta", (0.001, 0.003, 0.01)),
+    "siss": Weight("--c", (0.001, 0.003, 0.01)),  # here the gradient of L_g is 0.01 to 0.05 long
+    "unseen": Weight(None, (None,)),  # L_g alone: there is nothing to weigh
 }
-TINY = "--quick --steps 3 --batch-size 8"  # after all other flags: of one given twice the last counts
 RATES = (1e-4, 3e-4, 1e-3)
-# All weights that the walk of the docstring may come to, the weakest first.
+
+# All weights that `walk` may come to, the weakest first.
 LADDER = {
     "obt-rel": (1.2, 1.4, 1.7, 2.0, 2.5, 3.0, 3.5, 4.0),
     "obt": (0.95, 0.9, 0.8, 0.7),
@@ -64,460 +105,1009 @@ LADDER = {
     "unseen": (None,),
 }
 
+# These have no noise of their own for D_f, and their L_g is given by the method.
+FIXED_METHODS = ("unseen", "siss")
 
-# ---- running and keeping -----------------------------------------------------------------------------
+# The evaluations that a sample takes with each SDE. DDPM's ancestral sampling needs more.
+NFE = {"vp": 20, "ve": 20, "ddpm": 50}
+
+# What makes a run tiny. It comes after all other flags: of one given twice the last counts.
+TINY = ("--quick", "--steps", 3, "--batch-size", 8, "--n", 40, "--nfe", 4)
+
+
+def weigh(method, weight):
+    """Return the flags that give a method its weight; none for a method that has no weight."""
+    if weight is None:
+        return ()
+    return (WEIGHTS[method].flag, weight)
+
+
+def setting(method, *flags, forget=(3,), sde="vp", steps=200, ema=0.98):
+    """Return all flags of a run of 03.
+
+    method  one of WEIGHTS
+    flags   what the search varies: the weight, learning rate, noise, retain loss and seed
+    forget  the classes to forget
+
+    The settings with which the search starts are written out here and not left to 03: new defaults
+    of 03 must not change what a kept run means.
+    """
+    argv = ["--forget", *forget, "--method", method, "--sde", sde]
+    argv += ["--steps", steps, "--batch-size", 64, "--ema", ema, "--n", 2000, "--nfe", NFE[sde]]
+    if method == "ort":
+        argv += ["--ort", "elementwise"]
+    if method not in FIXED_METHODS:
+        argv += ["--retain", first_retain(method)]
+        if "--uniform-t" not in flags:  # 03 refuses it beside --log-sigma
+            argv += ["--no-uniform-t", "--log-sigma", 0.0, 0.7]
+    return (*argv, *flags)
+
+
+def first_retain(method):
+    """Return the retain loss with which the search starts: the paper's, but for obt-rel ours."""
+    return "distill" if method == "obt-rel" else "dsm"
+
+
+def second_retain(method):
+    """Return the retain loss that the search tries in its place."""
+    return "dsm" if method == "obt-rel" else "distill"
+
+
+# ---- commands that name every hyper-parameter ----------------------------------------------------
+
+# All that decides the result of a run, in the order in which a command names it. What is missing
+# says where a run computes (--device) and where it writes (--out), or belongs to another job of 02.
+HYPER_PARAMETERS = {
+    "02": (
+        *("dataset", "data_dir", "without", "sde", "steps", "batch_size", "lr", "ema"),
+        *("log_sigma", "wide", "width", "seed", "grad_accum", "compile", "quick"),
+    ),
+    "03": (
+        *("dataset", "data_dir", "forget", "method", "sde", "from_scratch", "steps", "batch_size"),
+        *("lr", "alpha", "kappa", "eta", "c", "ort", "retain", "uniform_t", "log_sigma", "ema"),
+        *("n", "nfe", "seed", "grad_accum", "compile", "quick"),
+    ),
+}
+# 03 leaves this argument None when it is not given, and reads None as:
+READ_NONE_AS = {"ort": "elementwise"}
+SCRIPTS = {"02": "02_train_sde.py", "03": "03_unlearn.py"}
+
+
+@functools.cache
+def load_script(number):
+    """Return the names that a numbered script defines; its name is not one that `import` takes."""
+    return runpy.run_path(str(ROOT / SCRIPTS[number]))
+
+
+def spell_out(argv, number="03"):
+    """Return the flags of a run of 02 or 03 with all its hyper-parameters, as a list of strings.
+
+    argv    flags, as far as they are given; the script's defaults fill in the others
+    number  of the script: "02" or "03"
+
+    The result parses to the same arguments as argv, always has the same order, and goes on to mean
+    the same thing when the script's defaults change. Flags that have no part in the run are left
+    out, because 03 refuses most of them. --out and --device are left out too.
+    """
+    script = load_script(number)
+    # `arguments` makes the output folder, so it is given one that is there in any case. It also
+    # seeds PyTorch, which does no harm here: every run seeds again.
+    args = script["arguments"]([*map(str, argv), "--out", str(PLACES.runs)])
+    # {flag: the methods that have it}; 02 has no methods.
+    methods_of = script["BELONGS_TO"] if number == "03" else {}
+
+    flags = []
+    for name in HYPER_PARAMETERS[number]:
+        if name in methods_of and args.method not in methods_of[name]:
+            continue
+        if name == "log_sigma" and getattr(args, "uniform_t", False):  # the one replaces the other
+            continue
+        value = getattr(args, name)
+        if value is None:
+            value = READ_NONE_AS.get(name)
+        flags += as_flags(name, value)
+    return flags
+
+
+def as_flags(name, value):
+    """Return one argument as the strings of a command line."""
+    flag = "--" + name.replace("_", "-")
+    if name == "uniform_t":
+        return [flag] if value else ["--no-uniform-t"]
+    if name == "grad_accum" and value == 1:  # one part is no splitting
+        return []
+    if value is None or value is False:
+        return []
+    if value is True:
+        return [flag]
+    if isinstance(value, (list, tuple)):
+        return [flag, *map(str, value)]
+    return [flag, str(value)]
+
+
+def command_of(argv, number="03"):
+    """Return the spelled-out command of a run, as one line for the table."""
+    return " ".join(["python", SCRIPTS[number], *spell_out(argv, number)])
+
+
+# ---- running and keeping -------------------------------------------------------------------------
 
 
 def load():
-    """The table so far: {name: dict(command, the run's figures)}."""
-    return json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    """Return the table so far, {name: {"command": ..., the run's figures}}."""
+    if not PLACES.table.exists():
+        return {}
+    return json.loads(PLACES.table.read_text())
 
 
 def keep(name, command, result):
-    """Add one finished run to the table -> its entry."""
-    entry = dict(command=command, **result)
-    write_json(TABLE, dict(sorted({**load(), name: entry}.items())))
+    """Add one finished run to the table, and return its entry."""
+    entry = {"command": command, **result}
+    # Read again just now: another process may have added its runs.
+    table = {**load(), name: entry}
+    write_json(PLACES.table, dict(sorted(table.items())))
     return entry
 
 
-def save_time():
-    """What all runs share is made once, and networks lie in memory as the CPU likes it.
+def tell(name, is_done):
+    """Print one line of --list."""
+    print(f"{'done   ' if is_done else 'missing'} {name}")
 
-    common.sample_images: the Standard model's samples are drawn once per SDE and seed, then read from out/tables/.
-    common.load_net: channels last, as in 04; other sums, so figures are those of the commands up to rounding."""
-    draw, load_net = c.sample_images, c.load_net
+
+def save_time():
+    """Change two functions of common.py so that many runs in a row cost less.
+
+    common.sample_images  draws the Standard model's samples once for each SDE and seed, and then
+                          reads them from out/tables/
+    common.load_net       returns networks in channels-last memory, as the CPU likes it and as 04
+                          has it; sums then run in another order, so the figures are those of the
+                          commands up to rounding
+    """
+    draw = common.sample_images
+    load_net = common.load_net
 
     def sample_images(net, n, shape, sde, seed, nfe=20, **more):
+        # 03 labels its samples: only those of the Standard model are the same in every run.
         if "before" not in more.get("label", ""):
             return draw(net, n, shape, sde, seed, nfe, **more)
-        path = OUT / f"before-{weights_digest(net)}-{type(sde).__name__}-{n}-{seed}-{nfe}.pt"
+        name = f"before-{weights_digest(net)}-{type(sde).__name__}-{n}-{seed}-{nfe}.pt"
+        path = PLACES.runs / name
         if not path.exists():
-            c.save_checkpoint(path, images=draw(net, n, shape, sde, seed, nfe, **more))
+            common.save_checkpoint(path, images=draw(net, n, shape, sde, seed, nfe, **more))
         return torch.load(path, weights_only=True)["images"]
 
-    c.sample_images, c.load_net = sample_images, lambda *given: load_net(*given).to(memory_format=torch.channels_last)
+    def load_net_channels_last(*args):
+        return load_net(*args).to(memory_format=torch.channels_last)
+
+    common.sample_images = sample_images
+    common.load_net = load_net_channels_last
+
+
+def run_folder(name):
+    """Return the folder of a run, which is the --out of its command."""
+    return PLACES.runs / name.replace("/", "-")
 
 
 def execute(name, command):
-    """One command of 03, "python 03_unlearn.py ...", with its outputs under a name -> the folder that it wrote."""
-    shutil.rmtree(folder := OUT / name.replace("/", "-"), ignore_errors=True)  # what a killed run has left
-    runpy.run_path(str(ROOT / "03_unlearn.py"))["main"]([*command.split()[2:], "--out", str(folder)])
+    """Run one command of 03 with its outputs under a name, and return the folder that it wrote."""
+    folder = run_folder(name)
+    shutil.rmtree(folder, ignore_errors=True)  # what a killed run has left
+    flags = command.split()[2:]  # after "python 03_unlearn.py"
+    load_script("03")["main"]([*flags, "--out", str(folder)])
     (path,) = folder.glob("mnist/*/*/result.json")
     return path.parent
 
 
 def run(name, *argv, quick=False, dry=False):
-    """One command of 03 under a name -> its result, from the table if it is there; with dry ("list" or "look", which is silent)
-    None if it is not."""
-    full = " ".join(["python 03_unlearn.py --dataset mnist", *map(str, argv)])
+    """Return the result of one run of 03: from the table if it is there, else by running it.
+
+    name   of the run in the table
+    argv   its flags without --dataset, strings and numbers
+    quick  run it with TINY
+    dry    "list" or "look": do not run it but return None if it is missing; "look" prints nothing
+    """
+    argv = ("--dataset", "mnist", *argv)
+    # Flags may have been chosen anew since a run was kept under this name, so the command has to be
+    # the same. The table of --quick has the tiny one, also when it is only looked at.
+    commands = {"full": command_of(argv), "tiny": command_of((*argv, *TINY))}
     known = load().get(name)
-    if known and known["command"] not in (full, f"{full} {TINY}"):  # the flags were chosen anew since
+    if known and known["command"] not in commands.values():
         known = None
     if known or dry:
         if dry != "look":
-            print(f"{'done   ' if known else 'missing'} {name}")
+            tell(name, known)
         return known
-    command = f"{full} {TINY}" if quick else full
+
+    command = commands["tiny" if quick else "full"]
     print(f"\n=== {name}: {command}", flush=True)
     result = json.loads((execute(name, command) / "result.json").read_text())
-    result.pop("args")
+    result.pop("args")  # the command says the same
     return keep(name, command, result)
 
 
-# ---- the groups --------------------------------------------------------------------------------------
+# ---- choosing a weight ---------------------------------------------------------------------------
 
 
-def point(r):
-    """A run -> (UR in %, FD / Standard's); no sample judged a 3 counts as 0.05 %, one in 2000, for logarithms."""
-    return max(0.05, r["ur_after"]), r["fd_after"] / r["fd_before"]
+def point(result):
+    """Return (UR in %, FD / the Standard model's FD) of a run.
+
+    A UR of 0 becomes 0.05 %, one sample in 2000, because everything here is on logarithmic scales.
+    """
+    return max(0.05, result["ur_after"]), result["fd_after"] / result["fd_before"]
 
 
-def cost(r):
-    """One number to choose by: ln of the FD ratio, plus a share of how far UR is above 1 %, on the same scale."""
-    ur, fd = point(r)
-    return math.log(fd) + 0.5 * max(0.0, math.log(ur))
+def cost(result):
+    """Return one number to choose by, the lower the better.
+
+    It is ln of the FD ratio, plus half of ln UR where UR is above 1 %.
+    """
+    ur, fd_ratio = point(result)
+    return math.log(fd_ratio) + 0.5 * max(0.0, math.log(ur))
 
 
 def nearest(found):
-    """{weight: result} -> the weight whose UR is nearest to 1 %, on a scale of ratios; where none comes down to it, that of least cost."""
-    if all(r["ur_after"] > 1 for r in found.values()):
-        return min(found, key=lambda v: cost(found[v]))
-    return min(found, key=lambda v: abs(math.log(point(found[v])[0])))
+    """Return the weight whose UR is nearest to 1 %, in ratios: 2 % is as near as 0.5 %.
 
+    found  {weight: result of the run}
 
-def weigh(method, value):
-    """The flags that give a method its weight."""
-    return () if value is None else (WEIGHTS[method][0], value)
-
-
-def setting(method, forget=(3,), steps=200):
-    """The flags that say what is forgotten, and for how long."""
-    return ("--forget", *forget, "--method", method, "--steps", steps, "--batch-size", 64)
+    Where no run comes down to 1 %, it is the weight of least cost.
+    """
+    if all(result["ur_after"] > 1 for result in found.values()):
+        return min(found, key=lambda weight: cost(found[weight]))
+    return min(found, key=lambda weight: abs(math.log(point(found[weight])[0])))
 
 
 def walk(method, start, attempt):
-    """From one weight to weaker or stronger ones, until UR 1 % lies between two or UR rises by a fifth with the push: the network has
-    broken down -> {weight: attempt(weight)}; None while runs are missing."""
-    values, found, before = LADDER[method], {}, math.inf
-    k = values.index(start)
-    while 0 <= k < len(values) and values[k] not in found:  # back where it has been: then it lies between the two
-        if not (r := attempt(values[k])):
-            return None
-        found[values[k]] = r
-        if r["ur_after"] > max(1, 1.2 * before):
+    """Go from one weight to weaker or stronger ones, until two of them lie around UR 1 %.
+
+    method   whose LADDER is walked
+    start    weight to begin with
+    attempt  function of a weight that returns the result of its run, or None
+
+    It also ends where UR rises by a fifth although the push is stronger: the network has broken
+    down. Returns {weight: result} in the order of the walk, or None while runs are missing.
+    """
+    weights = LADDER[method]
+    found = {}
+    ur_before = math.inf  # UR of the weaker neighbour, while the walk goes to stronger ones
+    i = weights.index(start)
+    while 0 <= i < len(weights):
+        weight = weights[i]
+        if weight in found:  # it has turned round: UR 1 % lies between the last two
             break
-        before = r["ur_after"] if r["ur_after"] > 1 else math.inf
-        k += 1 if r["ur_after"] > 1 else -1
+        result = attempt(weight)
+        if not result:
+            return None
+        found[weight] = result
+
+        ur = result["ur_after"]
+        if ur > max(1, 1.2 * ur_before):
+            break
+        if ur > 1:
+            ur_before = ur
+            i += 1
+        else:
+            ur_before = math.inf
+            i -= 1
     return found
 
 
+class Choice(NamedTuple):
+    """What the search has chosen for a method."""
+
+    method: str
+    flags: tuple  # learning rate, and noise and retain loss where they differ from `setting`
+    best: float | None  # the weight
+    reached: bool  # whether any run came down to UR 1 %
+
+    def name(self, weight):
+        """The name of the run of group vp with these flags, another weight and seed 0."""
+        return vp_name(self.method, weight, self.flags)
+
+
+def vp_name(method, weight, flags):
+    """Return the name of a run in group vp, e.g. vp/obt/0.9/lr-0.0003-retain-distill."""
+    tail = "-".join(str(flag).lstrip("-") for flag in flags)
+    return f"vp/{method}/{weight}/{tail}"
+
+
 def choose(method, **how):
-    """The search of the docstring -> dict(flags that were chosen, best: the weight, reached: whether it comes to UR 1 %, tail: of the
-    names, name: of its run with seed 0), or None while runs are missing."""
-    values, base = WEIGHTS[method][1], setting(method)
-    middle = values[len(values) // 2]
-    tried = {}  # flags -> result, at the middle weight
+    """Do the search that the top of this file describes, with seed 0.
 
-    def attempt(*more):
-        name = f"vp/{method}/{middle}/" + "-".join(str(m).lstrip("-") for m in more)
-        tried[more] = run(name, *base, *weigh(method, middle), *more, **how)
-        return tried[more] is not None
+    how  quick and dry, as in `run`
 
-    best_of = lambda: min(tried, key=lambda k: cost(tried[k]))
-    if not all([attempt("--lr", lr) for lr in RATES]):
+    Returns a Choice, or None while runs are missing.
+    """
+    weights = WEIGHTS[method].values
+    middle = weights[len(weights) // 2]
+
+    def attempt(weight, flags):
+        argv = setting(method, *weigh(method, weight), *flags)
+        return run(vp_name(method, weight, flags), *argv, **how)
+
+    tried = {}  # flags -> result, all at the middle weight
+
+    def try_flags(*flags):
+        """Whether there is a result."""
+        tried[flags] = attempt(middle, flags)
+        return tried[flags] is not None
+
+    def best_flags():
+        return min(tried, key=lambda flags: cost(tried[flags]))
+
+    # All three before the first `return`: --list shall show them although one is missing.
+    has_result = [try_flags("--lr", lr) for lr in RATES]
+    if not all(has_result):
         return None
-    if method not in ("unseen", "siss"):  # these have no noise of their own for D_f, and L_g is given by the method
-        if not attempt(*best_of(), "--uniform-t") or not attempt(*best_of(), "--retain", "dsm" if method == "obt-rel" else "distill"):
+    if method not in FIXED_METHODS:
+        # One after the other: the second starts from what has been best so far.
+        if not try_flags(*best_flags(), "--uniform-t"):
             return None
-    flags = best_of()
-    tail = "-".join(str(m).lstrip("-") for m in flags)
-    at = lambda v: run(f"vp/{method}/{v}/{tail}", *base, *weigh(method, v), *flags, **how)
-    found = {v: at(v) for v in values}
-    if None in found.values() or (more := walk(method, nearest(found), at)) is None:
+        if not try_flags(*best_flags(), "--retain", second_retain(method)):
+            return None
+    flags = best_flags()
+
+    found = {weight: attempt(weight, flags) for weight in weights}
+    if None in found.values():
         return None
-    best = nearest(found | more)
-    reached = any(r["ur_after"] <= 1 for r in more.values())
-    return dict(flags=flags, best=best, tail=tail, reached=reached, name=f"vp/{method}/{best}/{tail}")
-
-
-def group_vp(methods=tuple(WEIGHTS), **how):
-    """Every method, VP, forget 3, 200 steps of 64 + 64 images."""
-    for method in methods:
-        picked = choose(method, **how)
-        for seed in (1, 2) if picked else ():
-            attempt = lambda v: run(f"vp/{method}/{v}/{picked['tail']}/s{seed}", *setting(method), *weigh(method, v), *picked["flags"], "--seed", seed, **how)
-            walk(method, picked["best"], attempt) if picked["reached"] else attempt(picked["best"])
+    walked = walk(method, nearest(found), partial(attempt, flags=flags))
+    if walked is None:
+        return None
+    reached = any(result["ur_after"] <= 1 for result in walked.values())
+    return Choice(method, flags, nearest(found | walked), reached)
 
 
 def chosen(method):
-    """What group vp chose for a method, as choose returns it; None while that is not done."""
-    picked = choose(method, dry="look")
-    if picked is None:
+    """Return the Choice of group vp; while it is not done say so, and return None."""
+    choice = choose(method, dry="look")
+    if choice is None:
         print(f"missing vp/{method}: run --only vp first")
-    return picked
+    return choice
+
+
+# ---- the groups ----------------------------------------------------------------------------------
+# Each is a function(methods, quick, dry) that runs what is missing, or lists it.
+
+
+def group_vp(methods=tuple(WEIGHTS), **how):
+    """Run every method on VP: the search with seed 0, then two more seeds."""
+    for method in methods:
+        choice = choose(method, **how)
+        if choice is None:
+            continue
+        for seed in (1, 2):
+            attempt = partial(run_seed, choice, seed=seed, **how)
+            if choice.reached:
+                walk(method, choice.best, attempt)
+            else:
+                attempt(choice.best)
+
+
+def run_seed(choice, weight, seed, **how):
+    """Run what was chosen with another weight and seed."""
+    weight_flags = weigh(choice.method, weight)
+    argv = setting(choice.method, *weight_flags, *choice.flags, "--seed", seed)
+    return run(f"{choice.name(weight)}/s{seed}", *argv, **how)
 
 
 def best_rival():
-    """The published rival with the lowest FD at UR 1 % in group vp, of those that come there; else by cost at the chosen weight.
-    None while a rival is missing."""
-    table, rank = load(), {}
+    """Return the published rival that is best in group vp, or None while one is missing.
+
+    That is the one with the lowest FD at UR 1 %, of those that come there. If none does, it is the
+    one of least cost at its chosen weight.
+    """
+    table = load()
+    rank = {}
     for method in ("erasediff", "siss"):
-        if not (picked := chosen(method)):
+        choice = chosen(method)
+        if choice is None:
             return None
-        fd = at_one(table, method, vp_name(method, picked))
-        rank[method] = (0, statistics.mean(fd)) if fd else (1, cost(table[picked["name"]]))
+        fd_ratios = at_one(table, method, choice.name)
+        if fd_ratios:
+            rank[method] = (0, statistics.mean(fd_ratios))
+        else:
+            rank[method] = (1, cost(table[choice.name(choice.best)]))
     return min(rank, key=rank.get)
 
 
-def long_name(method):
-    """weight -> name of a run in group long."""
-    return lambda v: f"long/{method}/{v}"
+def long_name(method, weight):
+    """Return the name of a run in group long with seed 0."""
+    return f"long/{method}/{weight}"
+
+
+def run_long(choice, weight, seed=0, **how):
+    """Run what was chosen with another weight for 1000 steps."""
+    method = choice.method
+    name = long_name(method, weight)
+    flags = (*weigh(method, weight), *choice.flags)
+    if seed:
+        name += f"/s{seed}"
+        flags += ("--seed", seed)
+    return run(name, *setting(method, *flags, steps=1000), **how)
 
 
 def group_long(methods=(), **how):
-    """Does quality hold at five times the steps?  Obt-rel, ascent and the best published rival."""
+    """Run the best methods for five times the steps: obt-rel, ascent and the best rival."""
     for method in methods or ("obt-rel", "ascent", best_rival()):
-        if method is None or not (picked := chosen(method)):
+        choice = None if method is None else chosen(method)
+        if choice is None:
             continue
-        attempt = lambda v, name="", *more: run(long_name(method)(v) + name, *setting(method, steps=1000), *weigh(method, v), *picked["flags"], *more, **how)
-        if found := walk(method, picked["best"], attempt):
+        found = walk(method, choice.best, partial(run_long, choice, **how))
+        if found:
             for seed in (1, 2):
-                attempt(nearest(found), f"/s{seed}", "--seed", seed)
+                run_long(choice, nearest(found), seed, **how)
 
 
-def ve_label(method, v, steps):
-    """A run's name in group ve, after the classes."""
-    return f"{method}/{v}" + (f"/{steps}" if steps != 200 else "")
+def ve_label(method, weight, steps):
+    """Return the part of a run's name in group ve that comes after the classes."""
+    label = f"{method}/{weight}"
+    return label if steps == 200 else f"{label}/{steps}"
 
 
-def ve_weight(method, **how):
-    """The weight that group ve finds on forget 3 -> (weight, attempt(weight, *forget, steps) that runs one), or None while runs are missing."""
-    if not (picked := chosen(method)):
+def run_ve(choice, weight, forget=(3,), steps=200, **how):
+    """Run what was chosen in group vp on VE, with another weight, forget set and steps."""
+    method = choice.method
+    classes = "-".join(map(str, forget))
+    flags = (*weigh(method, weight), *choice.flags)
+    argv = setting(method, *flags, forget=forget, sde="ve", steps=steps)
+    return run(f"ve/{classes}/{ve_label(method, weight, steps)}", *argv, **how)
+
+
+def choose_ve(method, **how):
+    """Walk on VE and forget 3: the Choice of group vp with the weight that is best here.
+
+    Returns None while runs are missing.
+    """
+    choice = chosen(method)
+    if choice is None:
         return None
-    attempt = lambda v, *forget, steps=200: run(
-        f"ve/{'-'.join(map(str, forget))}/{ve_label(method, v, steps)}", *setting(method, forget, steps), *weigh(method, v), *picked["flags"], "--sde", "ve", **how)
-    found = walk(method, picked["best"], lambda v: attempt(v, 3))
-    return (nearest(found), attempt) if found else None
+    found = walk(method, choice.best, partial(run_ve, choice, **how))
+    return choice._replace(best=nearest(found)) if found else None
 
 
-def ve_rows(method, best):
-    """What group ve runs of a method on all sets of classes -> [(weight, steps)].  The poster's best rows lie below 1 %, so of Obt-rel
-    also the next stronger weight, and more steps."""
-    k = LADDER[method].index(best)
-    return [(best, 200), *((v, 200) for v in LADDER[method][k + 1 : k + 2]), (best, 1000)] if method == "obt-rel" else [(best, 200)]
+def ve_rows(choice):
+    """Return what group ve runs on all sets of classes: a list of (weight, steps).
+
+    The poster's best rows lie below 1 %. So of obt-rel there is also the next stronger weight, and
+    the weight found with more steps.
+    """
+    rows = [(choice.best, 200)]
+    if choice.method == "obt-rel":
+        weights = LADDER[choice.method]
+        i = weights.index(choice.best)
+        rows += [(weight, 200) for weight in weights[i + 1 : i + 2]]  # none after the strongest
+        rows += [(choice.best, 1000)]
+    return rows
 
 
 def group_ve(methods=tuple(WEIGHTS), **how):
-    """The poster's MNIST rows: VE, forget 3, 7, and 3 and 7."""
+    """Run the poster's MNIST rows: VE, each method on three sets of classes."""
     for method in methods:
-        if found := ve_weight(method, **how):
-            best, attempt = found
-            for v, steps in ve_rows(method, best):
-                for forget in ((3,), (7,), (3, 7)):
-                    attempt(v, *forget, steps=steps)
+        choice = choose_ve(method, **how)
+        if choice is None:
+            continue
+        for weight, steps in ve_rows(choice):
+            for forget in ((3,), (7,), (3, 7)):
+                run_ve(choice, weight, forget, steps, **how)
 
 
 def group_ddpm(methods=("obt-rel", "obt", "ort", "unseen", "erasediff"), **how):
-    """The 1000-step chain, ancestral sampling in 50."""
+    """Run what group vp chose on the discrete chain."""
     for method in methods:
-        if picked := chosen(method):
-            run(f"ddpm/{method}", *setting(method), *weigh(method, picked["best"]), *picked["flags"], "--sde", "ddpm", **how)
+        choice = chosen(method)
+        if choice is None:
+            continue
+        flags = (*weigh(method, choice.best), *choice.flags)
+        run(f"ddpm/{method}", *setting(method, *flags, sde="ddpm"), **how)
 
 
 def run_standard(name, steps=3000, quick=False, dry=False):
-    """A Standard model of 02 with so few steps, with the rate and the average of 03 --from-scratch, measured as 03 measures one."""
-    if name in load() or dry:
-        return print(f"{'done   ' if name in load() else 'missing'} {name}")
-    path, steps = (folder := OUT / name.replace("/", "-")) / "mnist/base.pt", 3 if quick else steps
-    argv = f"02_train_sde.py --dataset mnist --steps {steps} --lr 8e-3 --ema 0.999 --out {os.path.relpath(folder, ROOT)}" + " --quick" * quick
-    # A process of its own: after Ctrl-C 02 saves and ends well, and its handler would stay installed here.
-    subprocess.run([sys.executable, *argv.split(), *(["--resume"] if path.exists() else [])], cwd=ROOT, check=True)
-    if c.load_checkpoint(path, argv, ("step",))["step"] < steps:
-        c.die("stopped; go on with the same command")
-    data, n, nfe = c.load_dataset("mnist"), 20 if quick else 2000, 2 if quick else c.VP.nfe
-    judge = c.load_judge(argparse.Namespace(dataset="mnist", data_dir=None, quick=quick, out=OUT, device="cpu"), data)
-    draw = lambda net, label: c.judge_images(judge, c.sample_images(net, n, data.images.shape[1:], c.VP(), 0, nfe, batch=20 if quick else 250, label=label))
-    before, after = draw(c.load_net(*c.find_base(OUT, "mnist")), "samples before"), draw(c.load_net(path, argv), "samples")
-    real = c.judge_images(judge, data.images[data.labels != 3][: 1000 if quick else None]).features
-    b, m = c.measure(before, [3], real, 10), c.measure(after, [3], real, 10, before)
-    keep(name, f"python {argv}", dict(
-        n=n, ur_before=b["ur"], fd_before=b["fd"], ur_after=m["ur"], ur_interval=m["ur_interval"], fd_after=m["fd"],
-        class_min_ratio=m["class_min_ratio"], low_confidence_after=m["low_confidence"]))
+    """Train a Standard model of 02 with so few steps, and keep the measures that 03 would give it.
+
+    Its learning rate and average are those of 03 --from-scratch, so that the two compare.
+    """
+    path = run_folder(name) / "mnist" / "base.pt"
+    steps = 3 if quick else steps
+    argv = ["--dataset", "mnist", "--sde", "any", "--steps", steps, "--batch-size", 64]
+    argv += ["--lr", 8e-3, "--ema", 0.999, "--log-sigma", -1.0, 1.4, "--wide", 0.1]
+    argv += ["--width", 32, "--quick"] if quick else ["--width", 48]
+    # 02 writes where --out says, so here it is a part of the command.
+    command = f"{command_of(argv, '02')} --out {os.path.relpath(run_folder(name), ROOT)}"
+
+    known = load().get(name)
+    is_done = bool(known) and known["command"] == command
+    if is_done or dry:
+        tell(name, is_done)
+        return
+
+    # A process of its own: on Ctrl-C 02 saves and ends well, and its handler of the signal would
+    # stay installed in this process.
+    more = ["--resume"] if path.exists() else []
+    subprocess.run([sys.executable, *command.split()[1:], *more], cwd=ROOT, check=True)
+    if common.load_checkpoint(path, command, ("step",))["step"] < steps:
+        common.exit_with_error("stopped; go on with the same command")
+    keep(name, command, measure_standard(path, command, quick))
+
+
+def measure_standard(path, command, quick):
+    """Measure a Standard model beside the shipped one, as 03 measures before and after."""
+    data = common.load_dataset("mnist")
+    args = argparse.Namespace(
+        dataset="mnist",
+        data_dir=None,
+        out=PLACES.runs,
+        device="cpu",
+        quick=quick,
+        seed=0,
+        n=20 if quick else 2000,
+        nfe=2 if quick else NFE["vp"],
+    )
+    judge = common.load_judge(args, data)
+
+    def draw(net, label):
+        """The judge's verdict on args.n samples, drawn as 03 draws them."""
+        draw_samples = load_script("03")["draw_samples"]
+        return draw_samples(args, net, common.VP(), judge, data.images.shape[1:], label).verdict
+
+    standard = common.load_net(*common.find_base(PLACES.runs, "mnist"))
+    verdict_before = draw(standard, "samples before")
+    verdict_after = draw(common.load_net(path, command), "samples")
+    images_g = data.images[data.labels != 3]
+    real = common.judge_images(judge, common.reference_images(images_g, quick)).features
+    before = common.measure(verdict_before, [3], real, 10)
+    after = common.measure(verdict_after, [3], real, 10, verdict_before)
+    return {
+        "n": args.n,
+        "ur_before": before["ur"],
+        "fd_before": before["fd"],
+        "ur_after": after["ur"],
+        "ur_interval": after["ur_interval"],
+        "fd_after": after["fd"],
+        "class_min_ratio": after["class_min_ratio"],
+        "low_confidence_after": after["low_confidence"],
+    }
 
 
 def group_scratch(methods=("standard", "unseen", "ort", "obt"), **how):
-    """The paper's Table 1 setting: random weights, 3000 steps, both losses from the first on.  Obt-rel compares with a Standard model,
-    so it cannot be had from scratch.  Ratios are to the shipped Standard model, which had ten times the steps."""
+    """Run the paper's Table 1: every method from random weights, at its middle weight."""
     for method in methods:
         if method == "standard":
             run_standard("scratch/standard", **how)
-        else:
-            value = WEIGHTS[method][1][len(WEIGHTS[method][1]) // 2]
-            run(f"scratch/{method}" + (f"/{value}" if value else ""), "--forget", 3, "--method", method, "--from-scratch", *weigh(method, value), **how)
+            continue
+        weights = WEIGHTS[method].values
+        middle = weights[len(weights) // 2]
+        name = f"scratch/{method}"
+        if middle is not None:
+            name += f"/{middle}"
+        flags = ("--from-scratch", "--lr", 8e-3, *weigh(method, middle))
+        run(name, *setting(method, *flags, steps=3000, ema=0.999), **how)
+
+
+# ---- groups that measure finished models ---------------------------------------------------------
 
 
 def network(name):
-    """The model of a finished run.  Where its file is gone its command makes it again, with fewer samples, on which training does not
-    depend: the same weights on the same machine, on another the same up to what rounding does to 200 steps."""
+    """Return the model of a finished run, or with the name "standard" the Standard model.
+
+    Where its file is gone, its command makes it again, with fewer samples, because training does
+    not depend on them. On the same machine the weights are the same. On another machine they are
+    the same up to what rounding does to 200 steps.
+    """
     if name == "standard":
-        return c.load_net(*c.find_base(OUT, "mnist"))
-    found = list((OUT / name.replace("/", "-")).glob("mnist/*/[!.]*/model.pt"))  # [!.]: a run that was killed has a dot
+        return common.load_net(*common.find_base(PLACES.runs, "mnist"))
     command = load()[name]["command"]
-    return c.load_net(found[0] if found else execute(name, f"{command} --n 10") / "model.pt", command)
+    # [!.]: the folder of a run that was killed begins with a dot.
+    found = list(run_folder(name).glob("mnist/*/[!.]*/model.pt"))
+    path = found[0] if found else execute(name, f"{command} --n 10") / "model.pt"
+    return common.load_net(path, command)
 
 
 def measure_models(group, runs, figures, dry):
-    """figures(network) of the Standard model and of finished runs {label: name}, kept as group/label."""
+    """Measure the Standard model and finished runs, and keep the results as group/label.
+
+    runs     {label: name of the run}
+    figures  function of a network that returns a dict
+    """
     for label, name in {"standard": "standard", **runs}.items():
         key = f"{group}/{label}"
-        if key in load() or dry:
-            print(f"{'done   ' if key in load() else 'missing'} {key}")
-        else:
-            print(key, keep(key, f"python tests/make_tables.py --only {group}", figures(network(name))), flush=True)
+        is_done = key in load()
+        if is_done or dry:
+            tell(key, is_done)
+            continue
+        command = f"python tests/make_tables.py --only {group}"
+        print(key, keep(key, command, figures(network(name))), flush=True)
 
 
 def test_images(n):
-    """n dequantised test images of each: those that are no 3, and 3s."""
-    test, generator = c.load_dataset("mnist", train=False), c.rng(0)
-    torch.manual_seed(0)
-    is_f = test.labels == 3
-    return [c.dequantize(x[torch.randperm(len(x), generator=generator)[:n]]) for x in (test.images[~is_f], test.images[is_f])]
+    """Return n dequantised test images that are no 3, and n that are: two of (n, 1, 28, 28)."""
+    test = common.load_dataset("mnist", train=False)
+    is_forgotten = test.labels == 3
+    # One generator for both, so common.random_subset, which makes one for each, does not fit here.
+    generator = common.rng(0)
+    torch.manual_seed(0)  # for the noise of dequantize
+    chosen_images = []
+    for images in (test.images[~is_forgotten], test.images[is_forgotten]):
+        order = torch.randperm(len(images), generator=generator)
+        chosen_images.append(common.dequantize(images[order[:n]]))
+    return chosen_images
+
+
+def bits_figures(net, n, steps):
+    """Return bits/dim of n test images of D_g and of D_f, with the standard errors of the means."""
+    result = {}
+    for key, images in zip("gf", test_images(n)):
+        nats = []
+        for x in images.split(64):
+            probes = common.rademacher_probes(x, 1, common.rng(1))
+            nats.append(common.ode_log_likelihood(net, common.VE(), x, probes, steps, focus=-3.0))
+        bits = common.bits_per_dim(torch.cat(nats), images[0].numel())
+        result[f"bpd_{key}"] = bits.mean().item()
+        result[f"error_{key}"] = (bits.std() / math.sqrt(len(bits))).item()
+    return result
 
 
 def group_nll(quick=False, dry=False):
-    """Bits/dim of test images of D_g and D_f under the VE models that forget 3, mean and standard error."""
-    n, steps = (2, 2) if quick else (128, 16)
+    """Measure the likelihood of test images under the VE models that forget 3."""
+    figures = (
+        partial(bits_figures, n=2, steps=2) if quick else partial(bits_figures, n=128, steps=16)
+    )
+    runs = {}
+    for method in WEIGHTS:
+        choice = choose_ve(method, dry="look")
+        if choice:
+            runs[f"{method}/{choice.best}"] = f"ve/3/{ve_label(method, choice.best, 200)}"
+    measure_models("nll", runs, figures, dry)
 
-    def figures(net):
-        result = {}
-        nats = lambda x: c.ode_log_likelihood(net, c.VE(), x, c.rademacher_probes(x, 1, c.rng(1)), steps, focus=-3.0)
-        for key, x in zip("gf", test_images(n)):
-            v = c.bits_per_dim(torch.cat([nats(part) for part in x.split(64)]), x[0].numel())
-            result.update({f"bpd_{key}": v.mean().item(), f"error_{key}": (v.std() / math.sqrt(len(v))).item()})
-        return result
 
-    found = {method: ve_weight(method, dry="look") for method in WEIGHTS}
-    measure_models("nll", {f"{method}/{f[0]}": f"ve/3/{method}/{f[0]}" for method, f in found.items() if f}, figures, dry)
+def noise_figures(net, n):
+    """Return the v-loss by noise level of n test images of D_g and of D_f, each as 02 prints it."""
+    loss_by_noise = load_script("02")["loss_by_noise"]
+    images_g, images_f = test_images(n)
+    return {"g": loss_by_noise(net, images_g), "f": loss_by_noise(net, images_f)}
 
 
 def group_noise(quick=False, dry=False):
-    """Where forgetting happens: v-loss of D_g and D_f by noise level, the weights chosen in group vp."""
-    loss_by_noise = runpy.run_path(str(ROOT / "02_train_sde.py"))["loss_by_noise"]
-    figures = lambda net: dict(zip("gf", (loss_by_noise(net, x) for x in test_images(4 if quick else 500))))
-    measure_models("noise", {f"{m}/{p['best']}": p["name"] for m in WEIGHTS if (p := choose(m, dry="look"))}, figures, dry)
+    """Measure at which noise levels the models of group vp have forgotten."""
+    runs = {}
+    for method in WEIGHTS:
+        choice = choose(method, dry="look")
+        if choice:
+            runs[f"{method}/{choice.best}"] = choice.name(choice.best)
+    measure_models("noise", runs, partial(noise_figures, n=4 if quick else 500), dry)
 
 
-GROUPS = dict(vp=group_vp, long=group_long, ve=group_ve, ddpm=group_ddpm, scratch=group_scratch, nll=group_nll, noise=group_noise)
-# The methods that can be named after a slash.
-ROWS = {group: tuple(WEIGHTS) for group in GROUPS} | dict(scratch=("standard", *(m for m in WEIGHTS if m != "obt-rel")), nll=(), noise=())
-
-# ---- tables and figure -------------------------------------------------------------------------------
+# ---- tables --------------------------------------------------------------------------------------
+# Each is a function that yields the lines of a Markdown table.
 
 
 def run_lines(rows):
-    """A group of runs of 03 -> lines of Markdown."""
-    yield "| run | UR % (95 %) | FD | FD / Standard's | class_min_ratio | unsure % | s |\n|---|---|---|---|---|---|---|"
-    for name, r in rows.items():
-        low, high = r["ur_interval"]
-        yield (
-            f"| {name} | {r['ur_before']:.2f} > {r['ur_after']:.2f} ({low:.1f}-{high:.1f}) | {r['fd_before']:.2f} > {r['fd_after']:.2f} | x{r['fd_after'] / r['fd_before']:.2f} "
-            f"| {r['class_min_ratio']:.2f} | {r['low_confidence_after']:.1f} | {round(r['seconds']) if 'seconds' in r else ''} |"
-        )
+    """Yield the table of a group of runs, {name without the group: result}."""
+    yield "| run | UR % (95 %) | FD | FD / Standard's | class_min_ratio | unsure % | s |"
+    yield "|---|---|---|---|---|---|---|"
+    for name, result in rows.items():
+        low, high = result["ur_interval"]
+        ur = f"{result['ur_before']:.2f} > {result['ur_after']:.2f} ({low:.1f}-{high:.1f})"
+        fd = f"{result['fd_before']:.2f} > {result['fd_after']:.2f}"
+        ratio = result["fd_after"] / result["fd_before"]
+        kept = f"{result['class_min_ratio']:.2f} | {result['low_confidence_after']:.1f}"
+        # scratch/standard has no time: 02 may have been stopped and resumed.
+        seconds = round(result["seconds"]) if "seconds" in result else ""
+        yield f"| {name} | {ur} | {fd} | x{ratio:.2f} | {kept} | {seconds} |"
 
 
 def ve_lines(rows):
-    """Group ve at the weights found on forget 3, a column for each set of classes -> lines of Markdown."""
-    sets = ("3", "7", "3-7")
-    wanted = [ve_label(m, v, steps) for m in WEIGHTS if (f := ve_weight(m, dry="look")) for v, steps in ve_rows(m, f[0])]
-    found = [name for name in wanted if all(f"{forget}/{name}" in rows for forget in sets)]
-    cell = lambda r: f"{r['ur_after']:.2f} [{r['ur_interval'][0]:.1f}, {r['ur_interval'][1]:.1f}], x{point(r)[1]:.2f}, {r['class_min_ratio']:.2f}"
-    yield "| run | 3: UR % (95 %), FD / Standard's, class_min_ratio | 7 | 3 and 7 | s, together |\n|---|---|---|---|---|"
-    for name in found:
-        runs = [rows[f"{forget}/{name}"] for forget in sets]
-        if name == found[0]:
-            yield "| standard | " + " | ".join(f"{r['ur_before']:.2f}, FD {r['fd_before']:.2f}" for r in runs) + " | |"
-        yield f"| {name} | " + " | ".join(map(cell, runs)) + f" | {sum(r['seconds'] for r in runs):.0f} |"
+    """Yield the table of group ve: the weights found on forget 3, a column for each forget set."""
+    forget_sets = ("3", "7", "3-7")
+    yield "| run | 3: UR % (95 %), FD / Standard's, class_min_ratio | 7 | 3 and 7 | s, together |"
+    yield "|---|---|---|---|---|"
+    is_first = True
+    for label in ve_labels():
+        names = [f"{forget}/{label}" for forget in forget_sets]
+        if not all(name in rows for name in names):
+            continue
+        runs = [rows[name] for name in names]
+        if is_first:  # the Standard model is the same in all rows, so once is enough
+            cells = [f"{result['ur_before']:.2f}, FD {result['fd_before']:.2f}" for result in runs]
+            yield f"| standard | {' | '.join(cells)} | |"
+            is_first = False
+        cells = [ve_cell(result) for result in runs]
+        seconds = sum(result["seconds"] for result in runs)
+        yield f"| {label} | {' | '.join(cells)} | {seconds:.0f} |"
+
+
+def ve_labels():
+    """Return the labels of all rows of group ve, as far as their weights have been found."""
+    labels = []
+    for method in WEIGHTS:
+        choice = choose_ve(method, dry="look")
+        if choice:
+            labels += [ve_label(method, weight, steps) for weight, steps in ve_rows(choice)]
+    return labels
+
+
+def ve_cell(result):
+    """Return the measures of one run of group ve in one cell."""
+    low, high = result["ur_interval"]
+    _, fd_ratio = point(result)
+    ur = f"{result['ur_after']:.2f} [{low:.1f}, {high:.1f}]"
+    return f"{ur}, x{fd_ratio:.2f}, {result['class_min_ratio']:.2f}"
 
 
 def nll_lines(rows):
-    """Likelihoods -> lines of Markdown."""
-    yield "| model | D_g | D_f |\n|---|---|---|"
-    for name, r in rows.items():
-        yield f"| {name} | {r['bpd_g']:.3f} +- {r['error_g']:.3f} | {r['bpd_f']:.3f} +- {r['error_f']:.3f} |"
+    """Yield the table of likelihoods."""
+    yield "| model | D_g | D_f |"
+    yield "|---|---|---|"
+    for name, result in rows.items():
+        cells = [f"{result[f'bpd_{k}']:.3f} +- {result[f'error_{k}']:.3f}" for k in "gf"]
+        yield f"| {name} | {' | '.join(cells)} |"
 
 
 def noise_lines(rows):
-    """Losses by noise level, D_g / D_f -> lines of Markdown."""
+    """Yield the table of losses by noise level, D_g / D_f."""
     bins = next(iter(rows.values()))["g"]
-    yield "| model | " + " | ".join(f"sigma {a:g}-{b:g}" for a, b, _ in bins) + " |\n" + "|---" * (len(bins) + 1) + "|"
-    for name, r in rows.items():
-        yield f"| {name} | " + " | ".join(f"{g[2]:.3f} / {f[2]:.3f}" for g, f in zip(r["g"], r["f"])) + " |"
+    header = [f"sigma {low:g}-{high:g}" for low, high, _ in bins]
+    yield f"| model | {' | '.join(header)} |"
+    yield "|---" * (len(bins) + 1) + "|"
+    for name, result in rows.items():
+        pairs = zip(result["g"], result["f"])
+        cells = [f"{loss_g:.3f} / {loss_f:.3f}" for (_, _, loss_g), (_, _, loss_f) in pairs]
+        yield f"| {name} | {' | '.join(cells)} |"
 
 
 def tables(table):
-    """All finished runs as Markdown, one table a group."""
-    for group, fill in GROUPS.items():
-        rows = {k[len(group) + 1 :]: r for k, r in table.items() if k.startswith(group + "/")}
+    """Print all finished runs as Markdown, one table for each group."""
+    for name, group in GROUPS.items():
+        prefix = f"{name}/"
+        rows = {key.removeprefix(prefix): table[key] for key in table if key.startswith(prefix)}
         if rows:
-            print(f"\n### {group}: {' '.join(fill.__doc__.split())}\n")
-            print(*dict(ve=ve_lines, nll=nll_lines, noise=noise_lines).get(group, run_lines)(rows), sep="\n")
+            print(f"\n### {name}: {group.title}\n")
+            print(*group.lines(rows), sep="\n")
+
+
+# ---- FD at UR 1 %, and the figure ----------------------------------------------------------------
 
 
 def fd_at_one_percent(points):
-    """(UR, FD ratio) of one seed, a point a weight in their order -> [FD ratio where UR is 1 %], on the straight line, both axes
-    logarithmic, between the first two neighbours that lie around it; [] where there are none."""
-    points = [(math.log(ur), math.log(fd)) for ur, fd in points]
-    for (u0, f0), (u1, f1) in zip(points[:-1], points[1:]):
-        if min(u0, u1) <= 0 <= max(u0, u1) and u0 != u1:
-            return [math.exp(f0 - (f1 - f0) / (u1 - u0) * u0)]
+    """Return [FD ratio at UR 1 %] of the runs of one seed, or [] where none can be had.
+
+    points  (UR, FD ratio) for each weight, in the order of the weights
+
+    It lies on the straight line between the first two neighbours around UR 1 %, with both axes
+    logarithmic. Neighbours only: a network that broke down comes back above 1 % further on.
+    """
+    logs = [(math.log(ur), math.log(fd_ratio)) for ur, fd_ratio in points]
+    for (ur_a, fd_a), (ur_b, fd_b) in zip(logs[:-1], logs[1:]):
+        is_around = min(ur_a, ur_b) <= 0 <= max(ur_a, ur_b)  # ln 1 = 0
+        if is_around and ur_a != ur_b:
+            slope = (fd_b - fd_a) / (ur_b - ur_a)
+            return [math.exp(fd_a - slope * ur_a)]
     return []
 
 
-def vp_name(method, picked):
-    """weight -> name of a run in group vp at the chosen flags."""
-    return lambda v: f"vp/{method}/{v}/{picked['tail']}"
+def points_of(table, method, name, seed=""):
+    """Return (UR, FD ratio) of the runs that are there, the weakest weight first.
 
-
-def curve(table, method, name, seed=""):
-    """(UR, FD ratio) of the runs name(weight) + seed that are there, the weakest weight first."""
-    return [point(table[name(v) + seed]) for v in LADDER[method] if name(v) + seed in table]
+    name  function of a weight that returns the name of its run with seed 0
+    seed  what the name has behind that: "", "/s1" or "/s2"
+    """
+    names = [name(weight) + seed for weight in LADDER[method]]
+    return [point(table[key]) for key in names if key in table]
 
 
 def at_one(table, method, name):
-    """FD ratios at UR 1 %, one for each seed that has runs on both sides of it."""
-    return [fd for seed in ("", "/s1", "/s2") for fd in fd_at_one_percent(curve(table, method, name, seed))]
+    """Return FD ratios at UR 1 %, one for each seed that has runs on both sides of it."""
+    ratios = []
+    for seed in ("", "/s1", "/s2"):
+        ratios += fd_at_one_percent(points_of(table, method, name, seed))
+    return ratios
 
 
 def seed_names(table, name):
-    """The runs with other seeds of a run with seed 0."""
-    return [n for n in table if n.startswith(name + "/s")]
+    """Return the names of the runs with other seeds that belong to a run with seed 0."""
+    return [key for key in table if key.startswith(f"{name}/s")]
 
 
-def shown(table):
-    """What the figure and the table under it show -> (method, steps, name: weight -> run, the weight chosen, flags chosen)."""
+class Curve(NamedTuple):
+    """One curve of the figure, and one line of the table under it."""
+
+    method: str
+    steps: int
+    name: Callable  # function of a weight that returns the name of its run with seed 0
+    best: float | None  # the weight chosen
+    flags: tuple  # what the search has chosen besides
+
+
+def curves(table):
+    """Yield what the figure and the table under it show, as far as it is there."""
     for method in WEIGHTS:
-        if picked := choose(method, dry="look"):
-            yield method, 200, vp_name(method, picked), picked["best"], picked["flags"]
-            name = long_name(method)
-            if later := {v: table[name(v)] for v in LADDER[method] if name(v) in table}:
-                yield method, 1000, name, nearest(later), (*picked["flags"], "--steps", 1000)
+        choice = choose(method, dry="look")
+        if choice is None:
+            continue
+        yield Curve(method, 200, choice.name, choice.best, choice.flags)
+
+        name = partial(long_name, method)
+        longer = {weight: table[name(weight)] for weight in LADDER[method] if name(weight) in table}
+        if longer:
+            yield Curve(method, 1000, name, nearest(longer), (*choice.flags, "--steps", 1000))
+
+
+def mean_and_range(values, mark=""):
+    """Write the mean, e.g. "x0.99 (0.86 to 1.14)"; the range only of more than one value."""
+    text = f"{mark}{statistics.mean(values):.2f}"
+    if len(values) > 1:
+        text += f" ({min(values):.2f} to {max(values):.2f})"
+    return text
 
 
 def summary_lines(table):
-    """The number under the figure, FD at UR = 1 %, and what the chosen weights give: means over the seeds, with the least and the largest."""
-    yield "| method | chosen | seeds | UR % | FD | class_min_ratio | unsure % | FD at UR 1 % |\n|---|---|---|---|---|---|---|---|"
-    spread = lambda x, mark="": f"{mark}{statistics.mean(x):.2f}" + (f" ({min(x):.2f} to {max(x):.2f})" if len(x) > 1 else "")
+    """Yield the table under the figure: what the chosen weights give, and FD at UR 1 %.
 
-    for method, _, name, best, flags in shown(table):
-        runs = [table[n] for n in (name(best), *seed_names(table, name(best)))]
-        fd, passed = at_one(table, method, name), all(ur < 1 for ur, _ in curve(table, method, name))
-        yield (f"| {method} | `{' '.join(map(str, (*weigh(method, best), *flags)))}` | {len(runs)} | {spread([r['ur_after'] for r in runs])} | {spread([point(r)[1] for r in runs], 'x')} "
-               f"| {statistics.mean(r['class_min_ratio'] for r in runs):.2f} | {statistics.mean(r['low_confidence_after'] for r in runs):.1f} "
-               f"| {spread(fd, 'x') if fd else 'below it at every weight' if passed else 'does not come there'} |")
+    Both are means over the seeds, with the least and the largest.
+    """
+    yield ("| method | chosen | seeds | UR % | FD | class_min_ratio | unsure % | FD at UR 1 % |")
+    yield "|---|---|---|---|---|---|---|---|"
+    for curve in curves(table):
+        name = curve.name(curve.best)
+        runs = [table[key] for key in (name, *seed_names(table, name))]
+        chosen_flags = " ".join(map(str, (*weigh(curve.method, curve.best), *curve.flags)))
+        ur = mean_and_range([result["ur_after"] for result in runs])
+        fd = mean_and_range([point(result)[1] for result in runs], "x")
+        least = statistics.mean(result["class_min_ratio"] for result in runs)
+        unsure = statistics.mean(result["low_confidence_after"] for result in runs)
+        yield (
+            f"| {curve.method} | `{chosen_flags}` | {len(runs)} | {ur} | {fd} "
+            f"| {least:.2f} | {unsure:.1f} | {one_percent_cell(table, curve)} |"
+        )
+
+
+def one_percent_cell(table, curve):
+    """Write FD at UR 1 %, or why there is none."""
+    ratios = at_one(table, curve.method, curve.name)
+    if ratios:
+        return mean_and_range(ratios, "x")
+    if all(ur < 1 for ur, _ in points_of(table, curve.method, curve.name)):
+        return "below it at every weight"
+    return "does not come there"
 
 
 def figure(table, path):
-    """UR against FD, a curve per method over its weights, other seeds as crosses, 1000 steps dashed; no sample judged a 3 is drawn as 0.05 %."""
-    plt = c.pyplot()
+    """Draw UR against FD: a curve for each method over its weights, from seed 0.
+
+    Crosses are other seeds at the chosen weight, dashed curves have 1000 steps. Where no sample was
+    judged a 3, UR is drawn as 0.05 %.
+    """
+    plt = common.pyplot()
     fig, ax = plt.subplots(figsize=(8, 4.4))
-    for method, steps, name, best, _ in shown(table):
-        color, style = f"C{list(WEIGHTS).index(method)}", dict(ls="-", label=method) if steps == 200 else dict(ls="--", mfc="white")
-        ax.plot(*zip(*curve(table, method, name)), marker="o", color=color, ms=5, **style)
-        for seed in seed_names(table, name(best)):
-            ax.plot(*point(table[seed]), "x", color=color, ms=6)
-    ax.plot([], [], "o--", color="0.4", ms=5, mfc="white", label="1000 steps"), ax.plot([], [], "x", color="0.4", ms=6, label="other seeds")
-    ax.axvline(1, color="0.7", lw=1), ax.axhline(1, color="0.7", lw=1)
-    ax.set(xscale="log", yscale="log", xticks=(0.05, 0.2, 0.5, 1, 2, 5, 10), yticks=(1, 2, 5, 10),
-           xlabel="unlearning ratio, % of samples judged a 3 (left: forgotten)", ylabel="FD / Standard's FD (low: kept)")
+    methods = list(WEIGHTS)
+    for curve in curves(table):
+        color = f"C{methods.index(curve.method)}"
+        style = {"ls": "-", "label": curve.method}
+        if curve.steps != 200:
+            style = {"ls": "--", "mfc": "white"}
+        ur, fd_ratio = zip(*points_of(table, curve.method, curve.name))
+        ax.plot(ur, fd_ratio, marker="o", color=color, ms=5, **style)
+        for key in seed_names(table, curve.name(curve.best)):
+            ax.plot(*point(table[key]), "x", color=color, ms=6)
+
+    # Empty curves, for the legend alone.
+    ax.plot([], [], "o--", color="0.4", ms=5, mfc="white", label="1000 steps")
+    ax.plot([], [], "x", color="0.4", ms=6, label="other seeds")
+    ax.axvline(1, color="0.7", lw=1)
+    ax.axhline(1, color="0.7", lw=1)
+    ax.set(
+        xscale="log",
+        yscale="log",
+        xticks=(0.05, 0.2, 0.5, 1, 2, 5, 10),
+        yticks=(1, 2, 5, 10),
+        xlabel="unlearning ratio, % of samples judged a 3 (left: forgotten)",
+        ylabel="FD / Standard's FD (low: kept)",
+    )
     for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_formatter("{x:g}"), axis.set_minor_formatter("")
-    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1)), fig.tight_layout(), fig.savefig(path, dpi=90), plt.close(fig)
+        axis.set_major_formatter("{x:g}")  # 0.2, where a log axis would have 2 x 10^-1
+        axis.set_minor_formatter("")
+    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    fig.tight_layout()
+    fig.savefig(path, dpi=90)
+    plt.close(fig)
+
+
+# ---- the story -----------------------------------------------------------------------------------
+
+
+class Group(NamedTuple):
+    """One group of runs: what it is, what runs it, and how its table is written."""
+
+    title: str
+    fill: Callable  # function(methods, quick, dry); without methods where `rows` is empty
+    lines: Callable = run_lines
+    rows: tuple = tuple(WEIGHTS)  # what can be named after a slash in --only
+
+
+GROUPS = {
+    "vp": Group("Every method, VP, forget 3, 200 steps of 64 + 64 images.", group_vp),
+    "long": Group(
+        "Does quality hold at five times the steps? Obt-rel, ascent and the best published rival.",
+        group_long,
+    ),
+    "ve": Group("The poster's MNIST rows: VE, forget 3, 7, and 3 and 7.", group_ve, ve_lines),
+    "ddpm": Group("The 1000-step chain, ancestral sampling in 50.", group_ddpm),
+    "scratch": Group(
+        "The paper's Table 1 setting: random weights, 3000 steps, both losses from the first on. "
+        "Obt-rel compares with a Standard model, so it cannot be had from scratch. "
+        "Ratios are to the shipped Standard model, which had ten times the steps.",
+        group_scratch,
+        rows=("standard", *(method for method in WEIGHTS if method != "obt-rel")),
+    ),
+    "nll": Group(
+        "Bits/dim of test images of D_g and D_f under the VE models that forget 3, "
+        "mean and standard error.",
+        group_nll,
+        nll_lines,
+        rows=(),
+    ),
+    "noise": Group(
+        "Where forgetting happens: v-loss of D_g and D_f by noise level, "
+        "the weights chosen in group vp.",
+        group_noise,
+        noise_lines,
+        rows=(),
+    ),
+}
+
+
+def arguments(argv):
+    """Read the command line."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--only",
+        metavar="GROUP[/METHOD]",
+        default="",
+        help=f"one of: {', '.join(GROUPS)}; of a group of runs also one method, e.g. vp/ort",
+    )
+    p.add_argument("--list", action="store_true", help="show what is done and what is missing")
+    p.add_argument("--draw", action="store_true", help="tables and figure of what is done")
+    p.add_argument(
+        "--quick", action="store_true", help="the same path with tiny runs, into a table of its own"
+    )
+    return p.parse_args(argv)
+
+
+def check_row(only):
+    """Split --only into (group, method), either may be ""; exit with one line if unknown."""
+    name, _, method = only.partition("/")
+    if name not in ("", *GROUPS):
+        common.exit_with_error(f"--only {only}: choose a group from: {', '.join(GROUPS)}")
+    rows = GROUPS[name].rows if name else ()
+    if method and method not in rows:
+        what = f"the rows {', '.join(rows)}" if rows else "no rows of its own"
+        common.exit_with_error(f"--only {only}: {name or 'no group'} has {what}")
+    return name, method
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--only", metavar="GROUP[/METHOD]", default="", help=f"one of: {', '.join(GROUPS)}; of a group of runs also one method, e.g. vp/ort")
-    p.add_argument("--list", action="store_true", help="show what is done and what is missing")
-    p.add_argument("--draw", action="store_true", help="tables and figure of what is done")
-    p.add_argument("--quick", action="store_true", help="the same path with tiny runs, into a table of its own")
-    args = p.parse_args(argv)
+    """Run or list what is asked for, then write the tables and the figure."""
+    args = arguments(argv)
     if args.quick:  # its models must not lie where nll and noise look for real ones
-        global OUT, TABLE
-        OUT, TABLE = OUT / "quick", OUT / "quick/tables.json"
-    OUT.mkdir(parents=True, exist_ok=True)
+        PLACES.runs = PLACES.runs / "quick"
+        PLACES.table = PLACES.runs / "tables.json"
+    PLACES.runs.mkdir(parents=True, exist_ok=True)
     save_time()
-    group, _, method = args.only.partition("/")
-    if group not in ("", *GROUPS):
-        c.die(f"--only {args.only}: choose a group from: {', '.join(GROUPS)}")
-    if method and method not in ROWS.get(group, ()):
-        c.die(f"--only {args.only}: {group or 'no group'} has " + (f"the rows {', '.join(ROWS[group])}" if ROWS.get(group) else "no rows of its own"))
-    for name in [group] if group else GROUPS:
-        if not args.draw:
-            GROUPS[name](**(dict(methods=(method,)) if method else {}), quick=args.quick, dry="list" if args.list else None)
+
+    only, method = check_row(args.only)
+    if not args.draw:
+        methods = {"methods": (method,)} if method else {}
+        dry = "list" if args.list else None
+        for name in [only] if only else GROUPS:
+            GROUPS[name].fill(**methods, quick=args.quick, dry=dry)
+
     if not args.list:
-        tables(load())
-        figure(load(), OUT / "tradeoff.png" if args.quick else ROOT / "assets" / "tradeoff.png")
-        print("\n### FD at UR 1 %\n", *summary_lines(load()), sep="\n")
+        table = load()
+        tables(table)
+        folder = PLACES.runs if args.quick else ROOT / "assets"
+        figure(table, folder / "tradeoff.png")
+        print("\n### FD at UR 1 %\n", *summary_lines(table), sep="\n")
 
 
 if __name__ == "__main__":

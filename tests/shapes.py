@@ -1,45 +1,90 @@
-"""A made-up colour data set: circles, squares and triangles in red, green and blue, as a folder of PNGs for --dataset folder.
+"""Make a data set of coloured shapes, as a folder of PNG pictures for --dataset folder.
 
     python tests/shapes.py out/shapes        # 9 sub-folders of 200 pictures of 32x32, a few seconds
 
-Synthetic on purpose: nothing can be downloaded where this was measured, and what is right is plain to see.
+Each picture is a circle, a square or a triangle, in red, green or blue. The set is made up on
+purpose: nothing can be downloaded where this project was measured, and everybody sees at once
+whether a generated picture is right.
 """
+
+import argparse
 import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-SHAPES, COLORS = ("circle", "square", "triangle"), dict(red=(220, 60, 50), green=(60, 190, 80), blue=(60, 100, 230))
+SHAPES = ("circle", "square", "triangle")
+COLORS = {"red": (220, 60, 50), "green": (60, 190, 80), "blue": (60, 100, 230)}
 
 
-def draw(shape, color, rng, size=32):
-    """One picture, drawn at four times the size and shrunk; place, size, shade and ground are random -> PIL."""
+def arguments(argv):
+    """Read the command line."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "folder",
+        nargs="?",
+        default="out/shapes",
+        help="where to write the sub-folders (default: out/shapes)",
+    )
+    p.add_argument("--n", type=int, default=200, help="pictures in each sub-folder (default: 200)")
+    p.add_argument("--seed", type=int, default=0, help="another seed draws other pictures")
+    return p.parse_args(argv)
+
+
+def draw(shape, color, generator, size=32):
+    """Draw one picture with a random place, size, shade and background.
+
+    shape      one of SHAPES
+    color      one of the names in COLORS
+    generator  NumPy's random generator
+    size       pixels a side
+
+    Returns a PIL image. It is drawn at four times the size and then shrunk, which makes the edges
+    smooth: PIL itself draws without anti-aliasing.
+    """
     big = 4 * size
-    ground = tuple(int(v) for v in rng.integers(15, 70, 3))
-    image = Image.new("RGB", (big, big), ground)
-    r, (x, y) = big * rng.uniform(0.2, 0.32), big * rng.uniform(0.38, 0.62, 2)
-    fill = tuple(int(np.clip(v + rng.normal(0, 14), 0, 255)) for v in COLORS[color])
+
+    # The order of the draws is part of the data set: another order gives other pictures.
+    background = tuple(generator.integers(15, 70, 3).tolist())
+    radius = big * generator.uniform(0.2, 0.32)
+    x, y = big * generator.uniform(0.38, 0.62, 2)
+    shade = np.array(COLORS[color]) + generator.normal(0, 14, 3)
+    fill = tuple(int(value) for value in np.clip(shade, 0, 255))
+
+    image = Image.new("RGB", (big, big), background)
     pen = ImageDraw.Draw(image)
     if shape == "circle":
-        pen.ellipse([x - r, y - r, x + r, y + r], fill=fill)
+        pen.ellipse([x - radius, y - radius, x + radius, y + radius], fill=fill)
     elif shape == "square":
-        pen.rectangle([x - 0.85 * r, y - 0.85 * r, x + 0.85 * r, y + 0.85 * r], fill=fill)
+        half = 0.85 * radius  # with `radius` the square would be a quarter larger than the circle
+        pen.rectangle([x - half, y - half, x + half, y + half], fill=fill)
     else:
-        pen.polygon([(x, y - r), (x - 0.95 * r, y + 0.75 * r), (x + 0.95 * r, y + 0.75 * r)], fill=fill)
+        top = (x, y - radius)
+        left = (x - 0.95 * radius, y + 0.75 * radius)
+        right = (x + 0.95 * radius, y + 0.75 * radius)
+        pen.polygon([top, left, right], fill=fill)
     return image.resize((size, size), Image.LANCZOS)
 
 
 def write(root, n=200, seed=0):
-    """n pictures of each of the 9 kinds into root/<color>_<shape>/."""
-    rng = np.random.default_rng(seed)
+    """Write n pictures of each of the 9 kinds into root/<color>_<shape>/."""
+    generator = np.random.default_rng(seed)
     for color in COLORS:
         for shape in SHAPES:
             folder = Path(root) / f"{color}_{shape}"
             folder.mkdir(parents=True, exist_ok=True)
             for i in range(n):
-                draw(shape, color, rng).save(folder / f"{i:04d}.png")
+                draw(shape, color, generator).save(folder / f"{i:04d}.png")
+
+
+def main(argv):
+    """Write the folders that the command line asks for."""
+    args = arguments(argv)
+    write(args.folder, args.n, args.seed)
 
 
 if __name__ == "__main__":
-    write(sys.argv[1] if len(sys.argv) > 1 else "out/shapes")
+    main(sys.argv[1:])

@@ -1,15 +1,26 @@
-"""The benchmark itself: score_sde's recipe against exact densities, the choice of a sampler, and both commands."""
+"""tests/benchmark.py: score_sde's recipe, the choice of a sampler, both commands; and shapes.py."""
+
 import argparse
 import json
 import runpy
+from collections import Counter
 
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 
-import common as c
+import common
 
-KEYS = "likelihood_speedup likelihood_abs_diff sampler_speedup sampler_fd_pc sampler_fd_fast sampler_n gemm_share".split()
+KEYS = (
+    "likelihood_speedup",
+    "likelihood_abs_diff",
+    "sampler_speedup",
+    "sampler_fd_pc",
+    "sampler_fd_fast",
+    "sampler_n",
+    "gemm_share",
+)
 
 
 @pytest.fixture(scope="module")
@@ -17,61 +28,192 @@ def benchmark():
     return argparse.Namespace(**runpy.run_path(str(ROOT / "tests/benchmark.py")))
 
 
+# ---- likelihood ----------------------------------------------------------------------------------
+
+
 def test_the_score_sde_recipe_is_right(benchmark, gaussian):
-    """Mean over many probes of one point against the exact density, and image by image against ours with the same probe."""
-    x = gaussian.sample(1, c.rng(0)).expand(256, 2).contiguous()
-    probe, sde = c.rademacher_probes(x, 1, c.rng(1))[0], c.VP()
+    """One point with many probes: their mean against the exact density, each one against ours."""
+    x = gaussian.sample(1, common.rng(0)).expand(256, 2).contiguous()
+    probe = common.rademacher_probes(x, 1, common.rng(1))[0]
+    sde = common.VP()
     t = torch.tensor([1e-5], dtype=torch.float64)
-    theirs, calls = benchmark.score_sde_likelihood(gaussian, sde, x, probe)
+
+    theirs, num_calls = benchmark.score_sde_likelihood(gaussian, sde, x, probe)
+    # x is x_t: its density is that of x/s at noise sigma, divided by s^2 in two dimensions.
     exact = gaussian.log_prob(x[:1] / sde.s(t), sde.sigma(t)) - 2 * sde.s(t).log()
-    assert calls > 30 and theirs.std() > 1e-3 and abs(theirs.mean() - exact) < 4 * theirs.std() / 16 + 2e-3
-    ours = c.ode_log_likelihood(gaussian, sde, x, [probe], steps=60, sigma_min=sde.sigma(t).item())
+    assert num_calls > 30
+    assert theirs.std() > 1e-3, "the probes differ, so their estimates have to"
+    assert abs(theirs.mean() - exact) < 4 * theirs.std() / 16 + 2e-3
+
+    ours = common.ode_log_likelihood(
+        gaussian, sde, x, [probe], steps=60, sigma_min=sde.sigma(t).item()
+    )
     torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-3)
 
 
+# ---- samplers ------------------------------------------------------------------------------------
+
+PC_ROW = {"nfe": 2001, "fd": (0.5, 0.6)}  # mean 0.55, seeds 0.1 apart: 0.65 is good enough
+
+
 def test_the_cheapest_sampler_within_the_spread_is_chosen(benchmark):
-    row = lambda nfe, *fd: dict(nfe=nfe, fd=fd)
-    rows = dict(pc=row(2001, 0.5, 0.6), bad=row(10, 0.9, 0.9), good=row(15, 0.62, 0.64), better=row(15, 0.6, 0.6), best=row(30, 0.3, 0.3))
+    rows = {
+        "pc": PC_ROW,
+        "bad": {"nfe": 10, "fd": (0.9, 0.9)},
+        "good": {"nfe": 15, "fd": (0.62, 0.64)},
+        "better": {"nfe": 15, "fd": (0.6, 0.6)},
+        "best": {"nfe": 30, "fd": (0.3, 0.3)},
+    }
     assert benchmark.choose(rows) == ("better", True)
-    assert benchmark.choose(dict(pc=rows["pc"], bad=rows["bad"], good=row(15, 0.7, 0.7))) == ("good", False)
+
+
+def test_the_best_sampler_is_chosen_where_none_is_good_enough(benchmark):
+    rows = {
+        "pc": PC_ROW,
+        "bad": {"nfe": 10, "fd": (0.9, 0.9)},
+        "good": {"nfe": 15, "fd": (0.7, 0.7)},
+    }
+    assert benchmark.choose(rows) == ("good", False)
 
 
 def test_names_say_how_many_evaluations_are_made(benchmark):
-    """The noise-free part of each claim: counted on a network."""
+    """The part of each claim that has no noise: calls, counted on a network."""
     args = argparse.Namespace(budgets=(6, 9), pc_steps=4)
-    for name, (nfe, run) in benchmark.samplers(args).items():
+    for name, sampler in benchmark.samplers(args).items():
         calls = []
-        net = c.ExactNet(lambda x, sigma: calls.append(1) or x / (1 + c.bcast(sigma, x) ** 2).sqrt(), 0.5)
-        assert run(net, torch.randn(2, 1, 4, 4, generator=c.rng(0)), c.rng(1)).shape == (2, 1, 4, 4)
-        assert len(calls) == nfe and (name == "pc" or name.endswith(f"-{nfe}"))
+
+        def z_hat(x_hat, sigma, calls=calls):
+            """The exact answer for data from N(0, I)."""
+            calls.append(1)
+            return x_hat / (1 + common.expand_like(sigma, x_hat) ** 2).sqrt()
+
+        net = common.ExactNet(z_hat, 0.5)
+        noise = torch.randn(2, 1, 4, 4, generator=common.rng(0))
+        assert sampler.run(net, noise, common.rng(1)).shape == (2, 1, 4, 4), name
+        assert len(calls) == sampler.nfe, name
+        assert name == "pc" or name.endswith(f"-{sampler.nfe}"), name
+
+
+# ---- both commands -------------------------------------------------------------------------------
 
 
 def run(benchmark, *argv):
+    """The exit status of benchmark.main(argv)."""
     try:
-        benchmark.main([str(a) for a in argv])
-    except SystemExit as e:
-        return e.code
+        benchmark.main([str(value) for value in argv])
+    except SystemExit as stop:
+        return stop.code
     return 0
 
 
-def test_both_commands(benchmark, tmp_path, monkeypatch):
-    """--samplers keeps its parts, --json reads its table and writes every key."""
-    table, report = tmp_path / "samplers.json", tmp_path / "speed.json"
-    argv = ("--quick", "--samplers-file", table, "--out", tmp_path / "out")
+@pytest.fixture(scope="module")
+def finished(benchmark, tmp_path_factory):
+    """Both commands, run once: the flags they share, the table of samplers, the report."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    table = folder / "samplers.json"
+    report = folder / "speed.json"
+    argv = ("--quick", "--samplers-file", table, "--out", folder / "out")
     assert run(benchmark, *argv, "--samplers", "--json", report) == 0
-    content, result = json.loads(table.read_text()), json.loads(report.read_text())
-    assert content["n"] == 20 and content["chosen"] in content["samplers"] and all(len(row["fd"]) == 2 for row in content["samplers"].values())
-    assert all(result[key] > 0 for key in KEYS) and result["sampler_n"] == 20 and result["sampler"]["chosen"] == content["chosen"]
-    pc = content["samplers"]["pc"]["fd"]
-    assert result["sampler_fd_pc"] == pytest.approx(sum(pc) / 2) and result["likelihood_abs_diff"] < 0.05
-    assert result["gemm_share"] < 4  # 1 at most on a quiet machine; here another test may run while the matrix product is timed
-    monkeypatch.setattr(c, "dpmpp_sample", None), monkeypatch.setattr(c, "pc_sample", None), monkeypatch.setattr(c, "ode_sample", None)
-    assert run(benchmark, *argv, "--samplers") == 0 and json.loads(table.read_text()) == content
+    return argparse.Namespace(
+        argv=argv,
+        table=table,
+        samplers=json.loads(table.read_text()),
+        report=json.loads(report.read_text()),
+    )
 
 
-@pytest.mark.parametrize("argv, word", [((), "--samplers"), (("--json", "x.json", "--samplers-file", "nowhere.json"), "python tests/benchmark.py --samplers")])
+def test_samplers_writes_a_table(finished):
+    assert finished.samplers["n"] == 20
+    assert finished.samplers["chosen"] in finished.samplers["samplers"]
+    for name, row in finished.samplers["samplers"].items():
+        assert len(row["fd"]) == 2, name
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_json_writes_every_key(finished, key):
+    assert finished.report[key] > 0
+
+
+def test_json_reads_the_table_of_samplers(finished):
+    assert finished.report["sampler_n"] == 20
+    assert finished.report["sampler"]["chosen"] == finished.samplers["chosen"]
+    fd_pc = finished.samplers["samplers"]["pc"]["fd"]
+    assert finished.report["sampler_fd_pc"] == pytest.approx(sum(fd_pc) / 2)
+
+
+def test_both_likelihoods_agree(finished):
+    assert finished.report["likelihood_abs_diff"] < 0.05
+
+
+def test_the_training_step_is_not_faster_than_a_matrix_product(finished):
+    """At most 1 on a quiet machine; another test may run while the matrix product is timed."""
+    assert finished.report["gemm_share"] < 4
+
+
+def test_finished_samples_are_not_drawn_again(benchmark, finished, monkeypatch):
+    for name in ("dpmpp_sample", "pc_sample", "ode_sample"):
+        monkeypatch.setattr(common, name, None)
+    assert run(benchmark, *finished.argv, "--samplers") == 0
+
+    again = json.loads(finished.table.read_text())
+    for name, row in finished.samplers["samplers"].items():
+        # Not ==: the covariance of 20 images is singular. An eigenvalue of 1e-16 or 2e-16, as the
+        # place in memory has it, enters FD by its root.
+        assert again["samplers"][name]["fd"] == pytest.approx(row["fd"], rel=1e-6), name
+        assert again["samplers"][name]["nfe"] == row["nfe"], name
+    assert again["real"] == pytest.approx(finished.samplers["real"], rel=1e-6)
+    for key in ("n", "pc_steps", "chosen", "reaches_pc"):
+        assert again[key] == finished.samplers[key], key
+
+
+@pytest.mark.parametrize(
+    "argv, word",
+    [
+        ((), "--samplers"),
+        (
+            ("--json", "x.json", "--samplers-file", "nowhere.json"),
+            "python tests/benchmark.py --samplers",
+        ),
+    ],
+)
 def test_bad_input_is_one_line(benchmark, tmp_path, capsys, monkeypatch, argv, word):
     monkeypatch.chdir(tmp_path)
     assert run(benchmark, *argv, "--quick", "--out", tmp_path / "out") == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and word in err and not (tmp_path / "x.json").exists()
+    assert err.count("\n") == 1
+    assert word in err
+    assert not (tmp_path / "x.json").exists()
+
+
+# ---- shapes.py -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    return argparse.Namespace(**runpy.run_path(str(ROOT / "tests/shapes.py")))
+
+
+def test_shapes_writes_a_folder_for_each_kind(shapes, tmp_path):
+    shapes.main([str(tmp_path / "set"), "--n", "2"])
+    files = sorted((tmp_path / "set").glob("*/*.png"))
+    num_files = Counter(path.parent.name for path in files)
+    assert len(num_files) == 9
+    assert set(num_files.values()) == {2}
+    assert Image.open(files[0]).size == (32, 32)
+
+
+def test_shapes_differ_by_seed_alone(shapes, tmp_path):
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        shapes.main([str(tmp_path / name), "--n", "1", "--seed", seed])
+    first, again, other = (tmp_path / name / "red_circle" / "0000.png" for name in "abc")
+    assert first.read_bytes() == again.read_bytes()
+    assert first.read_bytes() != other.read_bytes()
+
+
+def test_help_of_shapes_makes_no_folder(shapes, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        shapes.main(["--help"])
+    assert stop.value.code == 0
+    assert "--seed" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())

@@ -1,218 +1,421 @@
 """The scripts through their command line: what they write, and what they say to bad input."""
+
 import json
+import re
 import shutil
-import subprocess
-import sys
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, arguments
+from conftest import (
+    ROOT,
+    SCRIPTS,
+    Run,
+    arguments,
+    check_refusal,
+    check_success,
+    load_script,
+    load_weights,
+    run_process,
+    run_script,
+    same_weights,
+    write_small_base,
+)
 
-import common as c
+import common
 
 QUICK = ("--dataset", "mnist", "--quick")
-KEYS = """method sde forget alpha steps n sampler nfe ur_before ur_after ur_interval ur_floor fd_before fd_after fd_floor
-low_confidence_before low_confidence_after class_min_ratio class_counts seconds""".split()
-
-
-def tree(path):
-    return {p.relative_to(path): p.read_bytes() for p in path.rglob("*") if p.is_file()}
-
-
+SHORT = ("--n", 10, "--nfe", 2)  # few samples of few evaluations, where only the weights matter
 METHODS = ["obt-rel", "obt", "ort", "unseen", "ascent", "erasediff", "siss"]
+RESULT_KEYS = """
+    method sde forget alpha steps n sampler nfe ur_before ur_after ur_interval ur_floor
+    fd_before fd_after fd_floor low_confidence_before low_confidence_after
+    class_min_ratio class_counts seconds
+""".split()
 
 
-@pytest.mark.parametrize("method, sde", [*((m, "vp") for m in METHODS), ("obt-rel", "ve"), ("obt-rel", "subvp"), ("obt-rel", "ddpm")])
-def test_unlearn_quick(script, tmp_path, small_base, method, sde):
-    status, out, _ = script("03", *QUICK, "--forget", 3, 7, "--method", method, "--sde", sde, "--out", tmp_path)
-    folder = tmp_path / f"mnist/forget-3-7/{method}-{sde}"
-    assert status == 0 and "class 3 '3', class 7 '7': 12,396 images; keeping 47,604" in out
-    assert ("ours, not the paper's" in out) == (method == "obt-rel")
-    assert {p.name for p in folder.iterdir()} == {"model.pt", "result.json", "log.jsonl", "curves.png", "before_after.png"}
-    r = json.loads((folder / "result.json").read_text())
-    assert all(k in r for k in KEYS) and r["forget"] == ["3", "7"] and r["n"] == sum(r["class_counts"]["before"]) == sum(r["class_counts"]["after"])
-    assert r["ur_before"] == pytest.approx(100 * sum(r["class_counts"]["before"][i] for i in (3, 7)) / r["n"])
-    assert r["ur_interval"][0] <= r["ur_after"] <= r["ur_interval"][1]
-    # The model that was saved is the one that was unlearned: it moved from the base, and it loads.
-    base, net = c.load_net(*c.find_base(tmp_path, "mnist")), c.load_net(folder / "model.pt", "")
-    assert net.arch == base.arch and any(not torch.equal(a, b) for a, b in zip(net.parameters(), base.parameters()))
+def tree(folder):
+    """The content of all files of a folder, by path."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder): path.read_bytes() for path in files}
+
+
+# ---- 03: what a run leaves -----------------------------------------------------------------------
+
+
+class Unlearned(NamedTuple):
+    """A finished run of 03 that forgot 3 and 7."""
+
+    method: str
+    run: Run
+    base: common.UNet  # the Standard model that it began with
+    folder: Path  # where its files are
+    result: dict  # the content of result.json
+
+
+UNLEARNED = [(method, "vp") for method in METHODS]
+UNLEARNED += [("obt-rel", sde) for sde in ("ve", "subvp", "ddpm")]
+
+
+@pytest.fixture(scope="module", params=UNLEARNED, ids="-".join)
+def unlearned(request, tmp_path_factory):
+    """One run for all tests of this section."""
+    method, sde = request.param
+    out = tmp_path_factory.mktemp("unlearned")
+    base = common.load_net(write_small_base(out), "")
+    flags = ("--method", method, "--sde", sde, "--out", out)
+    run = run_script("03", *QUICK, "--forget", 3, 7, *flags)
+    check_success(run)
+    folder = out / f"mnist/forget-3-7/{method}-{sde}"
+    result = json.loads((folder / "result.json").read_text())
+    return Unlearned(method, run, base, folder, result)
+
+
+def test_unlearn_says_what_it_forgets(unlearned):
+    assert "class 3 '3', class 7 '7': 12,396 images; keeping 47,604" in unlearned.run.out
+
+
+def test_unlearn_calls_only_obt_rel_ours(unlearned):
+    assert ("ours, not the paper's" in unlearned.run.out) == (unlearned.method == "obt-rel")
+
+
+def test_unlearn_writes_five_files(unlearned):
+    names = {path.name for path in unlearned.folder.iterdir()}
+    assert names == {"model.pt", "result.json", "log.jsonl", "curves.png", "before_after.png"}
+
+
+def test_unlearn_result_is_complete(unlearned):
+    missing = [key for key in RESULT_KEYS if key not in unlearned.result]
+    assert not missing
+
+
+def test_unlearn_result_names_the_classes(unlearned):
+    assert unlearned.result["forget"] == ["3", "7"]
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_unlearn_counts_every_sample(unlearned, moment):
+    assert sum(unlearned.result["class_counts"][moment]) == unlearned.result["n"]
+
+
+def test_unlearn_ratio_is_the_share_of_the_counts(unlearned):
+    counts = unlearned.result["class_counts"]["before"]
+    share = (counts[3] + counts[7]) / unlearned.result["n"]
+    assert unlearned.result["ur_before"] == pytest.approx(100 * share)
+
+
+def test_unlearn_interval_holds_the_ratio(unlearned):
+    low, high = unlearned.result["ur_interval"]
+    assert low <= unlearned.result["ur_after"] <= high
+
+
+def test_unlearn_saves_a_network_like_the_base(unlearned):
+    net = common.load_net(unlearned.folder / "model.pt", "")
+    assert net.arch == unlearned.base.arch
+
+
+def test_unlearn_saves_the_network_that_was_trained(unlearned):
+    """The saved weights have moved away from the base."""
+    net = common.load_net(unlearned.folder / "model.pt", "")
+    assert not same_weights(net.state_dict(), unlearned.base.state_dict())
 
 
 @pytest.mark.slow
-def test_every_method_with_every_sde_gives_other_weights(script, tmp_path, small_base):
+def test_every_method_with_every_sde_gives_other_weights(tmp_path, small_base):
     """Seven methods and Ort's second reading, four SDEs: 32 runs, 32 different models."""
+    flags = {method: ("--method", method) for method in METHODS}
+    flags["ort-inner"] = ("--method", "ort", "--ort", "inner")
     seen = {}
-    for method in [*METHODS, "ort --ort inner"]:
-        for sde in c.SDES:
-            argv = ("--forget", 3, "--method", *method.split(), "--sde", sde, "--n", 10, "--nfe", 2, "--steps", 3)
-            assert script("03", *QUICK, *argv, "--out", tmp_path)[0] == 0
-            path = tmp_path / f"mnist/forget-3/{method.replace('ort --ort inner', 'ort-inner')}-{sde}/model.pt"
-            weights = torch.load(path, weights_only=True)["ema"]
-            seen[method, sde] = torch.cat([w.flatten() for w in weights.values()])
-    names = list(seen)
-    for i, a in enumerate(names):
-        for b in names[:i]:
-            assert not torch.equal(seen[a], seen[b]), (a, b)
+    for name, method in flags.items():
+        for sde in common.SDES:
+            argv = (*method, "--sde", sde, *SHORT, "--steps", 3, "--out", tmp_path)
+            check_success(run_script("03", *QUICK, "--forget", 3, *argv))
+            weights = load_weights(tmp_path / f"mnist/forget-3/{name}-{sde}/model.pt")
+            for other, other_weights in seen.items():
+                assert not same_weights(weights, other_weights), f"{name}-{sde} is {other}"
+            seen[f"{name}-{sde}"] = weights
+    assert len(seen) == 32
 
 
 @pytest.mark.parametrize("method", ["ort", "obt", "unseen", "siss"])
-def test_from_scratch_quick(script, tmp_path, small_base, method):
-    """A small network of its own, not the base; Standard is still what "before" means."""
-    status, out, _ = script("03", *QUICK, "--forget", 3, "--method", method, "--from-scratch", "--n", 10, "--nfe", 2, "--out", tmp_path)
+def test_from_scratch_quick(tmp_path, small_base, method):
+    """A small network of its own is trained; the Standard model is still what "before" means."""
+    flags = ("--method", method, "--from-scratch", *SHORT, "--out", tmp_path)
+    run = run_script("03", *QUICK, "--forget", 3, *flags)
+    check_success(run)
     folder = tmp_path / f"mnist/forget-3/{method}-vp-scratch"
-    assert status == 0 and "from scratch" in out and (folder / "result.json").exists()
-    assert c.load_net(folder / "model.pt", "").arch["width"] == 32
+    width = common.load_net(folder / "model.pt", "").arch["width"]
+    assert "from scratch" in run.out
+    assert (folder / "result.json").exists(), "no result.json"
+    assert width == 32, "the base has 16 channels, a network of its own 32 under --quick"
 
 
-def test_train_without_a_class(script, tmp_path):
-    """02 --without: the Unseen model goes where 04 looks, the base's place stays free."""
-    status, out, _ = script("02", *QUICK, "--steps", 2, "--without", 3, 7, "--out", tmp_path)
-    assert status == 0 and "47,604 images" in out and "--forget 3 7" in out and not (tmp_path / "mnist/base.pt").exists()
-    content = torch.load(tmp_path / "mnist/forget-3-7/unseen-any-scratch/model.pt", weights_only=True)
-    assert content["args"]["method"] == "unseen" and content["args"]["forget"] == ["3", "7"]
+def test_ddpm_forget_loss_is_applied(tmp_path):
+    """Ort on the discrete chain lowers what it minimises, on images that it never saw.
 
-
-def test_ddpm_forget_loss_is_applied(script, tmp_path):
-    """Ort on the discrete chain lowers what it minimises, on images it never saw; the released code drops the loss there."""
-    test = c.load_dataset("mnist", train=False)
-    x_f = c.dequantize(test.images[test.labels == 3][:500])
-    value = {}
-    for method in ("ort", "unseen"):
-        argv = ("--forget", 3, "--method", method, "--sde", "ddpm", "--steps", 60, "--lr", 1e-3, "--ema", 0.9, "--n", 10, "--nfe", 2)
-        argv += ("--out", tmp_path, *(("--alpha", 0.5, "--uniform-t") if method == "ort" else ()))
-        assert script("03", *QUICK, *argv)[0] == 0
-        net = c.load_net(tmp_path / f"mnist/forget-3/{method}-ddpm/model.pt", "")
+    The released code drops the loss of D_f there.
+    """
+    test = common.load_dataset("mnist", train=False)
+    x_f = common.dequantize(test.images[test.labels == 3][:500])
+    sde = common.DDPM()
+    # Unseen has no noise of its own for D_f, so these flags go to Ort alone.
+    own_flags = {"ort": ("--alpha", 0.5, "--uniform-t"), "unseen": ()}
+    loss = {}
+    for method, own in own_flags.items():
+        training = ("--steps", 60, "--lr", 1e-3, "--ema", 0.9)
+        argv = ("--method", method, "--sde", "ddpm", *training, *SHORT, *own, "--out", tmp_path)
+        check_success(run_script("03", *QUICK, "--forget", 3, *argv))
+        net = common.load_net(tmp_path / f"mnist/forget-3/{method}-ddpm/model.pt", "")
         torch.manual_seed(0)
         with torch.no_grad():
-            value[method] = c.ort_loss(net, c.DDPM(), x_f, c.uniform_t(500, c.DDPM())).mean().item()
-    assert value["ort"] < 0.8 * value["unseen"]
+            t = common.uniform_t(500, sde)
+            loss[method] = common.ort_loss(net, sde, x_f, t).mean().item()
+    assert loss["ort"] < 0.8 * loss["unseen"]
 
 
-def test_seed_names_a_folder_and_changes_the_run(script, tmp_path, small_base):
+# ---- 03: what its flags do -----------------------------------------------------------------------
+
+
+def test_seed_names_a_folder_and_changes_the_run(tmp_path, small_base):
     for seed in (0, 1):
-        assert script("03", *QUICK, "--forget", 3, "--seed", seed, "--out", tmp_path)[0] == 0
-    a, b = (torch.load(tmp_path / f"mnist/forget-3/obt-rel-vp{s}/model.pt", weights_only=True)["ema"] for s in ("", "-s1"))
-    assert any(not torch.equal(a[k], b[k]) for k in a)
+        check_success(run_script("03", *QUICK, "--forget", 3, "--seed", seed, "--out", tmp_path))
+    first = load_weights(tmp_path / "mnist/forget-3/obt-rel-vp/model.pt")
+    second = load_weights(tmp_path / "mnist/forget-3/obt-rel-vp-s1/model.pt")
+    assert not same_weights(first, second)
 
 
-@pytest.mark.parametrize("flag", [("--alpha", 0.2), ("--lr", 1e-2), ("--steps", 3), ("--batch-size", 8), ("--log-sigma", 1, 1), ("--uniform-t",), ("--ema", 0), ("--retain", "dsm")])
-def test_no_flag_of_03_is_ignored(script, tmp_path, small_base, flag):
+def short_run(out, *flags):
+    """The weights after a few steps of 03 from a small base."""
+    write_small_base(out)
+    check_success(run_script("03", *QUICK, "--forget", 3, *SHORT, *flags, "--out", out))
+    return load_weights(out / "mnist/forget-3/obt-rel-vp/model.pt")
+
+
+@pytest.fixture(scope="module")
+def default_weights(tmp_path_factory):
+    """The weights of a short run without a further flag."""
+    return short_run(tmp_path_factory.mktemp("default"))
+
+
+TRAINING_FLAGS = [
+    ("--alpha", 0.2),
+    ("--lr", 1e-2),
+    ("--steps", 3),
+    ("--batch-size", 8),
+    ("--log-sigma", 1, 1),
+    ("--uniform-t",),
+    ("--ema", 0),
+    ("--retain", "dsm"),
+]
+
+
+@pytest.mark.parametrize("flag", TRAINING_FLAGS, ids=lambda flag: flag[0])
+def test_no_flag_of_03_is_ignored(tmp_path, default_weights, flag):
     """A training flag that is changed changes the weights."""
-    weights = []
-    for extra in ((), flag):
-        assert script("03", *QUICK, "--forget", 3, "--n", 10, "--nfe", 2, "--out", tmp_path, *extra)[0] == 0
-        weights.append(torch.load(tmp_path / "mnist/forget-3/obt-rel-vp/model.pt", weights_only=True)["ema"])
-    assert any(not torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+    assert not same_weights(default_weights, short_run(tmp_path, *flag))
 
 
-def test_own_base_is_preferred_and_named(script, tmp_path):
-    assert script("02", *QUICK, "--steps", 2, "--width", 16, "--out", tmp_path)[0] == 0
-    status, out, _ = script("03", *QUICK, "--forget", 3, "--out", tmp_path)
-    assert status == 0 and str(tmp_path / "mnist/base.pt") in out
-    status, out, _ = script("03", *QUICK, "--forget", 3, "--out", tmp_path / "other")
-    assert status == 0 and "data/mnist_base.pt" in out
+def unlearn_arguments(out, *flags):
+    """What 03 makes of its flags."""
+    argv = ("--quick", "--forget", "3", *flags, "--out", str(out))
+    return load_script("03")["arguments"](list(argv))
 
 
-def test_judge_quick(script, tmp_path):
-    status, out, _ = script("02", *QUICK, "--judge", "--out", tmp_path)
-    assert status == 0 and "test accuracy 9" in out and torch.load(tmp_path / "mnist/judge.pt", weights_only=True)["quick"]
-    assert c.load_judge(arguments(tmp_path, quick=True), c.load_dataset("mnist")) is not None
+def test_no_uniform_t_goes_with_log_sigma(tmp_path):
+    args = unlearn_arguments(tmp_path, "--no-uniform-t", "--log-sigma", "0", "0.7")
+    assert args.uniform_t is False
+    assert args.log_sigma == [0, 0.7]
 
 
-@pytest.mark.parametrize("number", [n for n in SCRIPTS if n <= "03"])  # 04 and 05 need a run of 03: see their own test files
+@pytest.mark.parametrize("flag, expected", [("--uniform-t", True), ("--no-uniform-t", False)])
+def test_uniform_t_can_be_switched(tmp_path, flag, expected):
+    assert unlearn_arguments(tmp_path, flag).uniform_t is expected
+
+
+@pytest.mark.parametrize("method, expected", [("obt-rel", False), ("siss", True)])
+def test_uniform_t_is_the_methods_own_by_default(tmp_path, method, expected):
+    assert unlearn_arguments(tmp_path, "--method", method).uniform_t is expected
+
+
+# ---- 02 and its judge ----------------------------------------------------------------------------
+
+
+def test_train_without_a_class(tmp_path):
+    """02 --without: the Unseen model goes where 04 looks, and the base's place stays free."""
+    run = run_script("02", *QUICK, "--steps", 2, "--without", 3, 7, "--out", tmp_path)
+    check_success(run)
+    model = tmp_path / "mnist/forget-3-7/unseen-any-scratch/model.pt"
+    trained = torch.load(model, weights_only=True)["args"]
+    assert "47,604 images" in run.out
+    assert "--forget 3 7" in run.out
+    assert not (tmp_path / "mnist/base.pt").exists(), "the Unseen model took the base's place"
+    assert trained["method"] == "unseen"
+    assert trained["forget"] == ["3", "7"]
+
+
+def test_own_base_is_preferred_and_named(tmp_path):
+    check_success(run_script("02", *QUICK, "--steps", 2, "--width", 16, "--out", tmp_path))
+    run = run_script("03", *QUICK, "--forget", 3, "--out", tmp_path)
+    check_success(run)
+    assert str(tmp_path / "mnist/base.pt") in run.out
+
+
+def test_shipped_base_is_named(tmp_path):
+    run = run_script("03", *QUICK, "--forget", 3, "--out", tmp_path)
+    check_success(run)
+    assert "data/mnist_base.pt" in run.out
+
+
+@pytest.fixture(scope="module")
+def judge_run(tmp_path_factory):
+    """02 --judge --quick -> (what it printed, the folder of --out)."""
+    out = tmp_path_factory.mktemp("judge")
+    run = run_script("02", *QUICK, "--judge", "--out", out)
+    check_success(run)
+    return run.out, out
+
+
+def test_judge_is_good_after_one_epoch(judge_run):
+    accuracy = re.search(r"test accuracy ([\d.]+) %", judge_run[0])
+    assert float(accuracy[1]) >= 90
+
+
+def test_judge_knows_that_it_was_quick(judge_run):
+    assert load_weights(judge_run[1] / "mnist/judge.pt", key="quick") is True
+
+
+def test_judge_can_be_loaded(judge_run):
+    args = arguments(judge_run[1], quick=True)
+    judge = common.load_judge(args, common.load_dataset("mnist"))
+    assert isinstance(judge, common.Judge)
+
+
+# ---- as a process --------------------------------------------------------------------------------
+
+# 04 and 05 need a run of 03: see their own test files.
+PROCESS_FLAGS = {"01": (), "02": ("--steps", 2), "03": ("--forget", 3)}
+
+
+@pytest.mark.parametrize("number", list(PROCESS_FLAGS))
 def test_each_script_as_a_process(number, tmp_path):
-    extra = {"01": [], "03": ["--forget", "3"]}.get(number, ["--steps", "2"])
-    run = subprocess.run([sys.executable, SCRIPTS[number], "--quick", "--out", tmp_path, *extra], capture_output=True, text=True, cwd=tmp_path)
-    assert run.returncode == 0 and not run.stderr, run.stderr
-    assert "next: " in run.stdout
-
-
-BAD = {
-    "unknown class": (("--forget", "eleven"), "0, 1, 2"),
-    "no forget": ((), "--forget"),
-    "all classes": (("--forget", *"0123456789"), "all classes"),
-    "alpha": (("--forget", 3, "--alpha", 1.5), "--alpha"),
-    "steps": (("--forget", 3, "--steps", -5), "--steps"),
-    "lr": (("--forget", 3, "--lr", 0), "--lr"),
-    "batch": (("--forget", 3, "--batch-size", "many"), "--batch-size"),
-    "method": (("--forget", 3, "--method", "hypnosis"), "obt-rel"),
-    "sde": (("--forget", 3, "--sde", "xp"), "subvp"),
-    "scratch distill": (("--forget", 3, "--method", "ort", "--from-scratch", "--retain", "distill"), "--retain dsm"),
-    "scratch obt-rel": (("--forget", 3, "--from-scratch"), "--method ort | obt"),
-    "alpha of siss": (("--forget", 3, "--method", "siss", "--alpha", 0.5), "--alpha has no part"),
-    "alpha and kappa": (("--forget", 3, "--alpha", 0.6, "--kappa", 2), "give one of them"),
-    "alpha and eta": (("--forget", 3, "--method", "erasediff", "--alpha", 0.6, "--eta", 0.1), "give one of them"),
-    "two noises": (("--forget", 3, "--uniform-t", "--log-sigma", 0, 1), "--uniform-t and --log-sigma"),
-    "noise of siss": (("--forget", 3, "--method", "siss", "--log-sigma", 0, 1), "--log-sigma has no part"),
-    "noise of unseen": (("--forget", 3, "--method", "unseen", "--uniform-t"), "--uniform-t has no part"),
-    "distilled unseen": (("--forget", 3, "--method", "unseen", "--retain", "distill"), "--retain has no part"),
-    "eta of ort": (("--forget", 3, "--method", "ort", "--eta", 0.5), "erasediff"),
-    "data set": (("--forget", 3, "--dataset", "imagenet"), "mnist"),
-    "data dir": (("--forget", 3, "--data-dir", "nowhere"), "git checkout data/mnist.npz"),
-    "unknown flag": (("--forget", 3, "--forgive"), "--forgive"),
-}
-
-
-@pytest.mark.parametrize("name", list(BAD))
-def test_bad_input_is_one_line_and_touches_nothing(script, tmp_path, name):
-    """Exit status 2, one line that names what is wrong or what is valid, and a finished run stays as it was."""
-    argv, word = BAD[name]
-    folder = tmp_path / "mnist/forget-3/obt-rel-vp"
-    folder.mkdir(parents=True)
-    (folder / "result.json").write_text("{}")
-    before = tree(tmp_path)
-    status, _, err = script("03", "--quick", *argv, "--out", tmp_path)
-    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and word in err
-    assert tree(tmp_path) == before
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
-def test_cuda_without_cuda(script, tmp_path):
-    status, _, err = script("03", *QUICK, "--forget", 3, "--device", "cuda", "--out", tmp_path)
-    assert status == 2 and err.count("\n") == 1 and "--device cpu" in err
-
-
-@pytest.mark.parametrize("content", [b"not a checkpoint", None, "other"])
-def test_corrupt_base(script, tmp_path, content):
-    """Bytes that are no checkpoint, half a checkpoint, another program's checkpoint: one line with the command that mends it."""
-    path = tmp_path / "mnist/base.pt"
-    path.parent.mkdir()
-    shipped = c.HERE / "data/mnist_base.pt"
-    if content == "other":
-        torch.save(dict(weights=torch.zeros(2)), path)
-    else:
-        path.write_bytes(shipped.read_bytes()[:100000] if content is None else content)
-    before = tree(tmp_path)
-    status, _, err = script("03", *QUICK, "--forget", 3, "--out", tmp_path)
-    assert status == 2 and err.count("\n") == 1 and "python 02_train_sde.py --dataset mnist" in err and tree(tmp_path) == before
+    flags = ("--quick", "--out", tmp_path, *PROCESS_FLAGS[number])
+    run = run_process(SCRIPTS[number], *flags, cwd=tmp_path)
+    check_success(run)
+    assert run.err == ""
+    assert "next: " in run.out
 
 
 def test_missing_base_names_the_command(tmp_path):
     """A copy of the project without the shipped model, as a process."""
     (tmp_path / "data").mkdir()
-    for name in ("common.py", "03_unlearn.py"):
-        shutil.copy(ROOT / name, tmp_path)
+    shutil.copy(ROOT / "common.py", tmp_path)
+    shutil.copy(ROOT / "03_unlearn.py", tmp_path)
     (tmp_path / "data/mnist.npz").symlink_to(ROOT / "data/mnist.npz")
-    run = subprocess.run([sys.executable, "03_unlearn.py", "--quick", "--forget", "3"], capture_output=True, text=True, cwd=tmp_path)
-    assert run.returncode == 2 and run.stderr.count("\n") == 1 and "python 02_train_sde.py --dataset mnist" in run.stderr
+    run = run_process("03_unlearn.py", "--quick", "--forget", 3, cwd=tmp_path)
+    check_refusal(run, "python 02_train_sde.py --dataset mnist")
 
 
-def test_unwritable_out(script, tmp_path):
-    (tmp_path / "file").write_text("x")
-    for number, extra in (("02", ()), ("03", ("--forget", 3))):
-        status, _, err = script(number, *QUICK, *extra, "--out", tmp_path / "file")
-        assert status == 2 and err.count("\n") == 1 and "--out" in err
-    assert (tmp_path / "file").read_text() == "x"
+# ---- bad input -----------------------------------------------------------------------------------
+
+# What is wrong: the flags, and a word of the message that says what is wrong or what is valid.
+BAD_FLAGS = {
+    "unknown class": ("--forget eleven", "0, 1, 2"),
+    "no forget": ("", "the following arguments are required: --forget"),
+    "forget example": ("", "(e.g. python 03_unlearn.py --dataset mnist --forget 3)"),
+    "all classes": ("--forget 0 1 2 3 4 5 6 7 8 9", "all classes"),
+    "alpha": ("--forget 3 --alpha 1.5", "--alpha"),
+    "steps": ("--forget 3 --steps -5", "--steps"),
+    "lr": ("--forget 3 --lr 0", "--lr"),
+    "batch": ("--forget 3 --batch-size many", "--batch-size"),
+    "method": ("--forget 3 --method hypnosis", "obt-rel"),
+    "sde": ("--forget 3 --sde xp", "subvp"),
+    "scratch distill": (
+        "--forget 3 --method ort --from-scratch --retain distill",
+        "--retain dsm",
+    ),
+    "scratch obt-rel": ("--forget 3 --from-scratch", "--method ort | obt"),
+    "alpha of siss": ("--forget 3 --method siss --alpha 0.5", "--alpha has no part"),
+    "alpha and kappa": ("--forget 3 --alpha 0.6 --kappa 2", "give one of them"),
+    "alpha and eta": ("--forget 3 --method erasediff --alpha 0.6 --eta 0.1", "give one of them"),
+    "two noises": ("--forget 3 --uniform-t --log-sigma 0 1", "--uniform-t and --log-sigma"),
+    "noise of siss": ("--forget 3 --method siss --log-sigma 0 1", "--log-sigma has no part"),
+    "no uniform t of siss": ("--forget 3 --method siss --no-uniform-t", "uniform-t has no part"),
+    "noise of unseen": ("--forget 3 --method unseen --uniform-t", "--uniform-t has no part"),
+    "no uniform t of unseen": (
+        "--forget 3 --method unseen --no-uniform-t",
+        "uniform-t has no part",
+    ),
+    "distilled unseen": ("--forget 3 --method unseen --retain distill", "--retain has no part"),
+    "eta of ort": ("--forget 3 --method ort --eta 0.5", "erasediff"),
+    "data set": ("--forget 3 --dataset imagenet", "mnist"),
+    "data dir": ("--forget 3 --data-dir nowhere", "git checkout data/mnist.npz"),
+    "unknown flag": ("--forget 3 --forgive", "--forgive"),
+}
 
 
-def test_resume_without_a_checkpoint(script, tmp_path):
-    status, _, err = script("02", *QUICK, "--resume", "--out", tmp_path)
-    assert status == 2 and err.count("\n") == 1 and "not found" in err
-
-
-def test_a_failed_run_leaves_the_finished_one(script, tmp_path, small_base, monkeypatch):
-    assert script("03", *QUICK, "--forget", 3, "--out", tmp_path)[0] == 0
+@pytest.mark.parametrize("flags, word", BAD_FLAGS.values(), ids=BAD_FLAGS.keys())
+def test_bad_input_is_one_line_and_touches_nothing(tmp_path, flags, word):
+    """A line says what is wrong or what is valid, and a finished run stays as it was."""
+    folder = tmp_path / "mnist/forget-3/obt-rel-vp"
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text("{}")
     before = tree(tmp_path)
-    monkeypatch.setattr(c, "guarded_step", lambda *a: c.die("diverged"))
-    assert script("03", *QUICK, "--forget", 3, "--out", tmp_path)[0] == 2
+    run = run_script("03", "--quick", *flags.split(), "--out", tmp_path)
+    check_refusal(run, word)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_cuda_without_cuda(tmp_path):
+    run = run_script("03", *QUICK, "--forget", 3, "--device", "cuda", "--out", tmp_path)
+    check_refusal(run, "--device cpu")
+
+
+def write_text(path):
+    """Bytes that are no checkpoint."""
+    path.write_bytes(b"not a checkpoint")
+
+
+def write_half_a_base(path):
+    """The first part of a checkpoint, as after a download that broke off."""
+    shipped = common.HERE / "data/mnist_base.pt"
+    path.write_bytes(shipped.read_bytes()[:100000])
+
+
+def write_another_checkpoint(path):
+    """A checkpoint of some other program."""
+    torch.save({"weights": torch.zeros(2)}, path)
+
+
+@pytest.mark.parametrize("write", [write_text, write_half_a_base, write_another_checkpoint])
+def test_corrupt_base_names_the_command_that_mends_it(tmp_path, write):
+    path = tmp_path / "mnist/base.pt"
+    path.parent.mkdir()
+    write(path)
+    before = tree(tmp_path)
+    run = run_script("03", *QUICK, "--forget", 3, "--out", tmp_path)
+    check_refusal(run, "python 02_train_sde.py --dataset mnist")
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("number, flags", [("02", ()), ("03", ("--forget", 3))])
+def test_unwritable_out(tmp_path, number, flags):
+    path = tmp_path / "file"
+    path.write_text("x")
+    run = run_script(number, *QUICK, *flags, "--out", path)
+    check_refusal(run, "--out")
+    assert path.read_text() == "x"
+
+
+def test_resume_without_a_checkpoint(tmp_path):
+    check_refusal(run_script("02", *QUICK, "--resume", "--out", tmp_path), "not found")
+
+
+def test_a_failed_run_leaves_the_finished_one(tmp_path, small_base, monkeypatch):
+    argv = (*QUICK, "--forget", 3, "--out", tmp_path)
+    check_success(run_script("03", *argv))
+    before = tree(tmp_path)
+    monkeypatch.setattr(common, "guarded_step", lambda *_: common.exit_with_error("diverged"))
+    check_refusal(run_script("03", *argv), "diverged")
     assert tree(tmp_path) == before

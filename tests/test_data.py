@@ -1,32 +1,113 @@
-"""Data: the shipped MNIST, forget sets by name, dequantised scale."""
+"""Data: the shipped MNIST, forget sets by name, random choices, the dequantised scale."""
+
 import pytest
 import torch
 
-import common as c
+import common
 
 
-def test_mnist_is_whole():
-    """Sizes and class counts of the published data set."""
-    train, test = c.load_dataset("mnist"), c.load_dataset("mnist", train=False)
-    assert train.images.shape == (60000, 1, 28, 28) and train.images.dtype == torch.uint8 and test.images.shape[0] == 10000
-    assert torch.bincount(train.labels).tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
-    assert torch.bincount(test.labels).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+@pytest.fixture(scope="module")
+def training():
+    return common.load_dataset("mnist")
 
 
-def test_sd_of_the_recipe_is_that_of_the_data():
+@pytest.fixture(scope="module")
+def held_out():
+    return common.load_dataset("mnist", train=False)
+
+
+# ---- MNIST ---------------------------------------------------------------------------------------
+
+
+def test_mnist_has_60000_training_images(training):
+    assert training.images.shape == (60000, 1, 28, 28)
+
+
+def test_mnist_has_10000_test_images(held_out):
+    assert held_out.images.shape[0] == 10000
+
+
+def test_mnist_is_bytes(training):
+    assert training.images.dtype == torch.uint8
+
+
+def test_mnist_training_classes_have_the_published_sizes(training):
+    sizes = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    assert torch.bincount(training.labels).tolist() == sizes
+
+
+def test_mnist_test_classes_have_the_published_sizes(held_out):
+    sizes = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+    assert torch.bincount(held_out.labels).tolist() == sizes
+
+
+def test_both_parts_at_once_are_the_same(training, held_out):
+    train, test = common.load_train_and_test("mnist")
+    assert torch.equal(train.images, training.images)
+    assert torch.equal(test.images, held_out.images)
+
+
+def test_sd_of_the_recipe_is_that_of_the_data(training):
     torch.manual_seed(0)
-    x = c.dequantize(c.load_dataset("mnist").images[:20000])
-    assert x.std().item() == pytest.approx(c.RECIPES["mnist"]["sd"], rel=0.01)
+    x = common.dequantize(training.images[:20000])
+    assert x.std().item() == pytest.approx(common.RECIPES["mnist"]["sd"], rel=0.01)
 
 
-def test_forget_sets_by_name():
-    data = c.load_dataset("mnist")
-    mask, ids = c.split_forget(data, ["7", "3", "3"])
-    assert ids == [3, 7] and mask.sum() == 6131 + 6265 and set(data.labels[mask].tolist()) == {3, 7}
+# ---- choices of images ---------------------------------------------------------------------------
 
 
-def test_dequantize_is_fresh_and_uniform():
-    k = torch.full((100000,), 17, dtype=torch.uint8)
-    a, b = c.dequantize(k), c.dequantize(k)
-    u = (a + 1) * 128 - 17
-    assert not torch.equal(a, b) and u.min() >= 0 and u.max() < 1 and u.mean().item() == pytest.approx(0.5, abs=0.005) and u.var().item() == pytest.approx(1 / 12, rel=0.02)
+def test_forget_classes_are_sorted_and_named_once(training):
+    _, forget = common.split_forget(training, ["7", "3", "3"])
+    assert forget == [3, 7]
+
+
+def test_forget_set_is_whole(training):
+    is_forgotten, _ = common.split_forget(training, ["7", "3", "3"])
+    assert is_forgotten.sum() == 6131 + 6265
+
+
+def test_forget_set_holds_its_classes_alone(training):
+    is_forgotten, _ = common.split_forget(training, ["7", "3", "3"])
+    assert set(training.labels[is_forgotten].tolist()) == {3, 7}
+
+
+def test_random_subset_depends_on_its_seeds_alone():
+    items = torch.arange(1000)
+    first = common.random_subset(items, 100, 0, 3)
+    torch.rand(5)  # the global generator moves on, which must not matter
+    assert torch.equal(first, common.random_subset(items, 100, 0, 3))
+    assert not torch.equal(first, common.random_subset(items, 100, 1, 3))
+
+
+def test_random_subset_takes_nothing_twice():
+    chosen = common.random_subset(torch.arange(50), 20, 0)
+    assert len(set(chosen.tolist())) == 20
+
+
+@pytest.mark.parametrize("quick, expected", [(True, 1000), (False, 10000)])
+def test_a_quick_run_compares_with_1000_real_images(held_out, quick, expected):
+    assert len(common.reference_images(held_out.images, quick)) == expected
+
+
+# ---- dequantisation ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def level_17():
+    """100,000 bytes of level 17, dequantised twice."""
+    torch.manual_seed(0)
+    levels = torch.full((100000,), 17, dtype=torch.uint8)
+    return common.dequantize(levels), common.dequantize(levels)
+
+
+def test_dequantize_draws_afresh(level_17):
+    first, second = level_17
+    assert not torch.equal(first, second)
+
+
+def test_dequantize_draws_uniformly_within_the_level(level_17):
+    u = (level_17[0] + 1) * 128 - 17
+    assert u.min() >= 0
+    assert u.max() < 1
+    assert u.mean().item() == pytest.approx(0.5, abs=0.005)
+    assert u.var().item() == pytest.approx(1 / 12, rel=0.02)

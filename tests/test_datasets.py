@@ -1,4 +1,5 @@
-"""Data sets in their true on-disk format, written small: read right, and carried from 02 to 05 through the command line."""
+"""Data sets in their true on-disk format, written small: read right, and carried from 02 to 05."""
+
 import gzip
 import hashlib
 import json
@@ -6,21 +7,36 @@ import os
 import pickle
 import subprocess
 import sys
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, arguments, load_script
+from conftest import (
+    ROOT,
+    SCRIPTS,
+    arguments,
+    check_refusal,
+    check_success,
+    load_weights,
+    run_function,
+    run_process,
+    run_script,
+)
 from PIL import Image, ImageDraw
-from torchvision import datasets as tv
+from torchvision import datasets
 
-import common as c
+import common
 
-CELEBA = """5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose Black_Hair Blond_Hair Blurry Brown_Hair
-Bushy_Eyebrows Chubby Double_Chin Eyeglasses Goatee Gray_Hair Heavy_Makeup High_Cheekbones Male Mouth_Slightly_Open Mustache Narrow_Eyes No_Beard
-Oval_Face Pale_Skin Pointy_Nose Receding_Hairline Rosy_Cheeks Sideburns Smiling Straight_Hair Wavy_Hair Wearing_Earrings Wearing_Hat
-Wearing_Lipstick Wearing_Necklace Wearing_Necktie Young""".split()
-COLORS = ["red", "green", "blue", "yellow", "cyan", "magenta", "white", "gray", "orange", "brown"]
+ATTRIBUTES = """
+    5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose
+    Black_Hair Blond_Hair Blurry Brown_Hair Bushy_Eyebrows Chubby Double_Chin Eyeglasses Goatee
+    Gray_Hair Heavy_Makeup High_Cheekbones Male Mouth_Slightly_Open Mustache Narrow_Eyes No_Beard
+    Oval_Face Pale_Skin Pointy_Nose Receding_Hairline Rosy_Cheeks Sideburns Smiling Straight_Hair
+    Wavy_Hair Wearing_Earrings Wearing_Hat Wearing_Lipstick Wearing_Necklace Wearing_Necktie Young
+""".split()
+COLORS = "red green blue yellow cyan magenta white gray orange brown".split()
+GROUND = (20, 30, 40)  # the dark colour around each disc
 
 
 def md5(path):
@@ -28,370 +44,669 @@ def md5(path):
 
 
 def picture(label, i, size):
-    """A disc whose colour is the class and whose place and size are the image's, on a dark ground -> PIL."""
-    image, r = Image.new("RGB", (size, size), (20, 30, 40)), size * (0.2 + 0.02 * (i % 5))
-    x, y = size * (0.4 + 0.03 * (i % 7)), size * (0.4 + 0.03 * (i % 6))
-    ImageDraw.Draw(image).ellipse([x - r, y - r, x + r, y + r], fill=COLORS[label])
+    """A PIL picture of a disc. Its colour is the class; place and size change with i."""
+    image = Image.new("RGB", (size, size), GROUND)
+    radius = size * (0.2 + 0.02 * (i % 5))
+    x = size * (0.4 + 0.03 * (i % 7))
+    y = size * (0.4 + 0.03 * (i % 6))
+    box = [x - radius, y - radius, x + radius, y + radius]
+    ImageDraw.Draw(image).ellipse(box, fill=COLORS[label])
     return image
 
 
-# ---- writers: each makes the files that the authors distribute, a few images long --------------------
+# ---- writers: each makes the files that the authors distribute, a few images long ----------------
+#
+# write(root, patch) -> the class to forget, the names of all classes. `patch` is pytest's
+# monkeypatch: torchvision refuses files whose md5 is not that of the published ones.
 
 
-def write_cifar10(root, monkeypatch):
-    """Five pickles of 20 images and one of 40, b-less keys, rows of 3072 bytes: red plane, green, blue."""
+def with_own_md5(folder, files):
+    """torchvision's list of (name, md5) with the checksums of the files in `folder`."""
+    return [[name, md5(folder / name)] for name, _ in files]
+
+
+def cifar10_batch(first, n):
+    """A batch as CIFAR's authors pickle it: a row of 3072 bytes is the red plane, green, blue."""
+    rows = []
+    for i in range(n):
+        pixels = np.asarray(picture(i % 10, first + i, 32))
+        rows.append(pixels.transpose(2, 0, 1).ravel())  # (32, 32, 3) -> (3072,)
+    return {"data": np.stack(rows), "labels": [i % 10 for i in range(n)]}
+
+
+def write_cifar10(root, patch):
+    """Five pickles of 20 images for training, one of 40 for the test."""
     folder = root / "cifar-10-batches-py"
     folder.mkdir(parents=True)
-    pack = lambda k, n: {"data": np.stack([np.asarray(picture(i % 10, i + k, 32)).transpose(2, 0, 1).ravel() for i in range(n)]), "labels": [i % 10 for i in range(n)]}
     for k in range(5):
-        (folder / f"data_batch_{k + 1}").write_bytes(pickle.dumps(pack(k, 20)))
-    (folder / "test_batch").write_bytes(pickle.dumps(pack(7, 40)))
+        (folder / f"data_batch_{k + 1}").write_bytes(pickle.dumps(cifar10_batch(k, 20)))
+    (folder / "test_batch").write_bytes(pickle.dumps(cifar10_batch(7, 40)))
     names = "airplane automobile bird cat deer dog frog horse ship truck".split()
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
-    sums = lambda pairs: [[name, md5(folder / name)] for name, _ in pairs]
-    monkeypatch.setattr(tv.CIFAR10, "train_list", sums(tv.CIFAR10.train_list))
-    monkeypatch.setattr(tv.CIFAR10, "test_list", sums(tv.CIFAR10.test_list))
-    monkeypatch.setattr(tv.CIFAR10, "meta", tv.CIFAR10.meta | dict(md5=md5(folder / "batches.meta")))
+    meta = folder / "batches.meta"
+    meta.write_bytes(pickle.dumps({"label_names": names}))
+
+    cifar10 = datasets.CIFAR10
+    patch.setattr(cifar10, "train_list", with_own_md5(folder, cifar10.train_list))
+    patch.setattr(cifar10, "test_list", with_own_md5(folder, cifar10.test_list))
+    patch.setattr(cifar10, "meta", {**cifar10.meta, "md5": md5(meta)})
     return "dog", names
 
 
-def write_stl10(root, monkeypatch):
-    """Binaries of 96x96 images, column-major planes; labels from 1."""
+def write_stl10(root, patch):
+    """Raw files of 96x96 images whose planes run down the columns; labels count from 1."""
     folder = root / "stl10_binary"
     folder.mkdir(parents=True)
     names = "airplane bird car cat deer dog horse monkey ship truck".split()
     for part, n in (("train", 50), ("test", 40), ("unlabeled", 3)):
-        images = np.stack([np.asarray(picture(i % 10, i, 96)).transpose(2, 1, 0) for i in range(n)])
-        images.tofile(folder / f"{part}_X.bin")
-        (np.arange(n) % 10 + 1).astype(np.uint8).tofile(folder / f"{part}_y.bin")
+        pixels = [np.asarray(picture(i % 10, i, 96)) for i in range(n)]
+        planes = [array.transpose(2, 1, 0) for array in pixels]  # (H, W, 3) -> (3, W, H)
+        np.stack(planes).tofile(folder / f"{part}_X.bin")
+        labels = np.arange(n) % 10 + 1
+        labels.astype(np.uint8).tofile(folder / f"{part}_y.bin")
     (folder / "class_names.txt").write_text("\n".join(names))
     (folder / "fold_indices.txt").write_text("\n".join(["0 1 2"] * 10))
-    for key in ("train_list", "test_list"):
-        monkeypatch.setattr(tv.STL10, key, [[name, md5(folder / name)] for name, _ in getattr(tv.STL10, key)])
+
+    stl10 = datasets.STL10
+    patch.setattr(stl10, "train_list", with_own_md5(folder, stl10.train_list))
+    patch.setattr(stl10, "test_list", with_own_md5(folder, stl10.test_list))
     return "monkey", names
 
 
-def write_celeba(root, monkeypatch):
-    """178x218 jpgs of little faces, half of them with bangs, and the five lists."""
+def draw_face(i, has_bangs):
+    """A little face of 178x218 pixels."""
+    face = Image.new("RGB", (178, 218), (90 + i, 120, 150))
+    draw = ImageDraw.Draw(face)
+    draw.ellipse([45, 60, 133, 180], fill=(230, 190, 160))
+    draw.ellipse([65 + i % 3, 110, 75, 120], fill="black")
+    draw.ellipse([103, 110, 113, 120], fill="black")
+    hair_end = 100 if has_bangs else 72
+    draw.rectangle([45, 60, 133, hair_end], fill=(60, 40, 20))
+    return face
+
+
+def write_celeba(root, patch):
+    """60 jpgs and the five lists. Each second face has bangs, each third is male."""
     folder = root / "celeba"
     (folder / "img_align_celeba").mkdir(parents=True)
-    rows, parts = [], []
-    for i in range(60):
-        face, bangs = Image.new("RGB", (178, 218), (90 + i, 120, 150)), i % 2
-        draw = ImageDraw.Draw(face)
-        draw.ellipse([45, 60, 133, 180], fill=(230, 190, 160))
-        draw.ellipse([65 + i % 3, 110, 75, 120], fill="black"), draw.ellipse([103, 110, 113, 120], fill="black")
-        draw.rectangle([45, 60, 133, 100 if bangs else 72], fill=(60, 40, 20))
-        face.save(folder / "img_align_celeba" / f"{i + 1:06d}.jpg")
-        rows.append(f"{i + 1:06d}.jpg " + " ".join("1" if (k == "Bangs" and bangs) or (k == "Male" and i % 3 == 0) else "-1" for k in CELEBA))
-        parts.append(f"{i + 1:06d}.jpg {0 if i < 40 else 2}")
-    names = [line.split()[0] for line in rows]
-    (folder / "list_attr_celeba.txt").write_text("60\n" + " ".join(CELEBA) + "\n" + "\n".join(rows) + "\n")
-    (folder / "list_eval_partition.txt").write_text("\n".join(parts) + "\n")
-    (folder / "identity_CelebA.txt").write_text("".join(f"{k} 1\n" for k in names))
-    (folder / "list_bbox_celeba.txt").write_text("60\nimage_id x_1 y_1 width height\n" + "".join(f"{k} 1 2 3 4\n" for k in names))
-    (folder / "list_landmarks_align_celeba.txt").write_text("60\nlefteye_x lefteye_y\n" + "".join(f"{k} 1 2\n" for k in names))
-    table = [(a, b if n.endswith("zip") else md5(folder / n), n) for a, b, n in tv.CelebA.file_list]
-    monkeypatch.setattr(tv.CelebA, "file_list", table)
+    files = [f"{i + 1:06d}.jpg" for i in range(60)]
+
+    attributes = ["60", " ".join(ATTRIBUTES)]
+    parts = []
+    for i, file in enumerate(files):
+        draw_face(i, has_bangs=i % 2 == 1).save(folder / "img_align_celeba" / file)
+        values = dict.fromkeys(ATTRIBUTES, "-1")
+        if i % 2 == 1:
+            values["Bangs"] = "1"
+        if i % 3 == 0:
+            values["Male"] = "1"
+        attributes.append(f"{file} {' '.join(values.values())}")
+        part = 0 if i < 40 else 2  # 0 is training, 1 validation, 2 test
+        parts.append(f"{file} {part}")
+
+    lists = {
+        "list_attr_celeba.txt": attributes,
+        "list_eval_partition.txt": parts,
+        "identity_CelebA.txt": [f"{file} 1" for file in files],
+        "list_bbox_celeba.txt": [
+            "60",
+            "image_id x_1 y_1 width height",
+            *[f"{file} 1 2 3 4" for file in files],
+        ],
+        "list_landmarks_align_celeba.txt": [
+            "60",
+            "lefteye_x lefteye_y",
+            *[f"{file} 1 2" for file in files],
+        ],
+    }
+    for name, lines in lists.items():
+        (folder / name).write_text("\n".join(lines) + "\n")
+
+    table = []
+    for address, checksum, name in datasets.CelebA.file_list:
+        is_archive = name.endswith("zip")  # it is not read, the unpacked pictures are
+        table.append((address, checksum if is_archive else md5(folder / name), name))
+    patch.setattr(datasets.CelebA, "file_list", table)
     return "bangs", ["other", "bangs"]
 
 
 def write_idx(path, array, compress):
     """The idx format of MNIST and Fashion-MNIST, from its published description."""
-    raw = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape) + array.astype(np.uint8).tobytes()
-    path.with_name(path.name + ".gz" * compress).write_bytes(gzip.compress(raw) if compress else raw)
+    header = bytes([0, 0, 8, array.ndim])  # 8: unsigned bytes
+    sizes = b"".join(n.to_bytes(4, "big") for n in array.shape)
+    raw = header + sizes + array.astype(np.uint8).tobytes()
+    if compress:
+        path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(raw))
+    else:
+        path.write_bytes(raw)
 
 
-def write_fashion_mnist(root, monkeypatch, compress=True):
+def write_fashion_mnist(root, patch, compress=True):
     """The four original files, in any folder."""
     root.mkdir(parents=True)
     for part, n in (("train", 60), ("t10k", 40)):
-        images = np.stack([np.asarray(picture(i % 10, i, 28).convert("L")) for i in range(n)])
-        write_idx(root / f"{part}-images-idx3-ubyte", images, compress), write_idx(root / f"{part}-labels-idx1-ubyte", np.arange(n) % 10, compress)
-    return "sneaker", "t-shirt-top trouser pullover dress coat sandal shirt sneaker bag ankle_boot".split()
+        images = [np.asarray(picture(i % 10, i, 28).convert("L")) for i in range(n)]
+        write_idx(root / f"{part}-images-idx3-ubyte", np.stack(images), compress)
+        write_idx(root / f"{part}-labels-idx1-ubyte", np.arange(n) % 10, compress)
+    names = "t-shirt-top trouser pullover dress coat sandal shirt sneaker bag ankle_boot".split()
+    return "sneaker", names
 
 
-def write_imagenette(root, monkeypatch):
+def write_imagenette(root, patch):
     """jpegs of uneven size in imagenette2-160/<part>/<WordNet id>."""
-    for k, wnid in enumerate(tv.Imagenette._WNID_TO_CLASS):
+    class_names = datasets.Imagenette._WNID_TO_CLASS
+    for k, wordnet_id in enumerate(class_names):
         for part, n in (("train", 6), ("val", 4)):
-            folder = root / "imagenette2-160" / part / wnid
+            folder = root / "imagenette2-160" / part / wordnet_id
             folder.mkdir(parents=True)
             for i in range(n):
-                picture(k, i, 200).resize((200 + 10 * i, 160)).save(folder / f"{wnid}_{i}.JPEG".replace("JPEG", "jpeg"))
-    return "chain_saw", [names[0].lower().replace(" ", "_") for names in tv.Imagenette._WNID_TO_CLASS.values()]
+                image = picture(k, i, 200).resize((200 + 10 * i, 160))
+                image.save(folder / f"{wordnet_id}_{i}.jpeg")
+    first_names = [names[0] for names in class_names.values()]
+    return "chain_saw", [name.lower().replace(" ", "_") for name in first_names]
 
 
-def write_folder(root, monkeypatch):
-    """One's own pictures: a sub-folder per class, names with capitals, png and jpg, one of them grey."""
-    for k, name in enumerate(["Apples", "lime", "sky"]):
+def write_folder(root, patch):
+    """One's own pictures: a sub-folder per class, names with capitals, png and jpg, one grey."""
+    names = ["Apples", "lime", "sky"]
+    for k, name in enumerate(names):
         (root / name).mkdir(parents=True)
         for i in range(40):
             image = picture(k, i, 40)
-            (image.convert("L") if i == 0 else image).save(root / name / f"{i:02d}.{'png' if i % 2 else 'jpg'}")
-    return "Apples", ["Apples", "lime", "sky"]
+            if i == 0:
+                image = image.convert("L")
+            suffix = "png" if i % 2 else "jpg"
+            image.save(root / name / f"{i:02d}.{suffix}")
+    return "Apples", names
 
 
-WRITE = dict(cifar10=write_cifar10, stl10=write_stl10, celeba=write_celeba, fashion_mnist=write_fashion_mnist, imagenette=write_imagenette, folder=write_folder)
-SIZES = dict(cifar10=(100, 40, 32), stl10=(50, 40, 64), celeba=(40, 20, 64), fashion_mnist=(60, 40, 28), imagenette=(60, 40, 64), folder=(108, 12, 32))
+WRITERS = {
+    "cifar10": write_cifar10,
+    "stl10": write_stl10,
+    "celeba": write_celeba,
+    "fashion_mnist": write_fashion_mnist,
+    "imagenette": write_imagenette,
+    "folder": write_folder,
+}
+SHAPES = {  # of the training images and of the test images
+    "cifar10": ((100, 3, 32, 32), (40, 3, 32, 32)),
+    "stl10": ((50, 3, 64, 64), (40, 3, 64, 64)),
+    "celeba": ((40, 3, 64, 64), (20, 3, 64, 64)),
+    "fashion_mnist": ((60, 1, 28, 28), (40, 1, 28, 28)),
+    "imagenette": ((60, 3, 64, 64), (40, 3, 64, 64)),
+    "folder": ((108, 3, 32, 32), (12, 3, 32, 32)),
+}
 
-# ---- reading -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", list(WRITE))
-def test_reads_the_true_format(name, tmp_path, monkeypatch):
-    """Sizes, classes, labels, colours; the second time from the decoded file, with the same result."""
-    forget, classes = WRITE[name](tmp_path / "data", monkeypatch)
-    n, m, size = SIZES[name]
-    first = [c.load_dataset(name, tmp_path / "data", part, [forget]) for part in (True, False)]
-    monkeypatch.setattr(c, "_decode", lambda *a: pytest.fail("decoded twice"))
-    again = [c.load_dataset(name, tmp_path / "data", part, [forget]) for part in (True, False)]
-    for a, b, count in zip(first, again, (n, m)):
-        assert a.images.shape == (count, 1 if name == "fashion_mnist" else 3, size, size) and a.images.dtype == torch.uint8 and a.classes == classes
-        assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) and b.classes == classes
-        assert set(a.labels.tolist()) == set(range(len(classes)))
-    if name in ("cifar10", "stl10", "imagenette", "folder"):  # the disc's middle has its class's colour
-        a = first[0]
-        for i in range(0, n, 7):
-            want = torch.tensor(Image.new("RGB", (1, 1), COLORS[a.labels[i]]).getpixel((0, 0)))
-            got = a.images[i, :, int(size * 0.45), int(size * 0.45)].int()
-            assert (got - want).abs().max() < 60 or name == "folder" and len(set(got.tolist())) == 1  # the grey picture
+# ---- reading -------------------------------------------------------------------------------------
 
 
-def test_celeba_attributes_become_classes(tmp_path, monkeypatch, capsys):
-    """One attribute, its negation, two at once; an unknown one is answered with the list."""
+class Reading(NamedTuple):
+    """One data set read twice; each time a training and a test Dataset."""
+
+    first: tuple
+    again: tuple  # from the file of decoded pictures, when there is one
+    classes: list  # the names that are expected
+    shapes: tuple  # of the images that are expected
+
+
+@pytest.fixture(scope="module", params=list(WRITERS))
+def reading(request, tmp_path_factory):
+    """A written data set, read twice; decoding its pictures twice is an error."""
+    name = request.param
+    root = tmp_path_factory.mktemp(name) / "data"
+    with pytest.MonkeyPatch.context() as patch:
+        forget, classes = WRITERS[name](root, patch)
+        first = common.load_train_and_test(name, root, [forget])
+        patch.setattr(common, "_decode", lambda *_: pytest.fail("decoded twice"))
+        again = common.load_train_and_test(name, root, [forget])
+    return Reading(tuple(first), tuple(again), classes, SHAPES[name])
+
+
+def test_reads_images_of_the_right_shape(reading):
+    assert tuple(tuple(data.images.shape) for data in reading.first) == reading.shapes
+
+
+def test_reads_bytes(reading):
+    assert {data.images.dtype for data in reading.first} == {torch.uint8}
+
+
+def test_reads_the_names_of_the_classes(reading):
+    for data in (*reading.first, *reading.again):
+        assert data.classes == reading.classes
+
+
+def test_reads_labels_of_every_class(reading):
+    for data in reading.first:
+        assert set(data.labels.tolist()) == set(range(len(reading.classes)))
+
+
+def test_reads_the_same_images_again(reading):
+    for first, again in zip(reading.first, reading.again):
+        assert torch.equal(first.images, again.images)
+
+
+def test_reads_the_same_labels_again(reading):
+    for first, again in zip(reading.first, reading.again):
+        assert torch.equal(first.labels, again.labels)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "stl10", "imagenette", "folder"])
+def test_reads_the_colour_of_the_class(name, tmp_path, monkeypatch):
+    """Labels belong to their images, and red is not blue: the disc's middle has its colour."""
+    WRITERS[name](tmp_path / "data", monkeypatch)
+    data = common.load_dataset(name, tmp_path / "data")
+    middle = int(data.images.shape[-1] * 0.45)
+    for i in range(0, len(data.images), 7):
+        pixel = data.images[i, :, middle, middle].int()
+        if name == "folder" and len(set(pixel.tolist())) == 1:
+            continue  # the picture that was saved in grey
+        color = Image.new("RGB", (1, 1), COLORS[data.labels[i]]).getpixel((0, 0))
+        error = (pixel - torch.tensor(color)).abs().max()
+        assert error < 60, f"image {i}: {pixel.tolist()} instead of {color}"
+
+
+@pytest.fixture
+def faces(tmp_path, monkeypatch):
+    """faces("male", "bangs") -> the 40 training faces with these attributes as classes."""
     write_celeba(tmp_path / "data", monkeypatch)
-    load = lambda *names: c.load_dataset("celeba", tmp_path / "data", True, names)
-    bangs, none, both = load("bangs"), load("not_bangs"), load("male", "bangs")
-    assert bangs.labels.tolist() == [i % 2 for i in range(40)] and none.labels.tolist() == [1 - i % 2 for i in range(40)]
-    assert both.classes == ["other", "male", "bangs"] and both.labels.tolist() == [1 if i % 3 == 0 else 2 * (i % 2) for i in range(40)]
-    assert load().classes == ["other"]
-    with pytest.raises(SystemExit) as e:
-        load("wings")
-    assert e.value.code == 2 and "eyeglasses" in capsys.readouterr().err
+
+    def load(*names):
+        return common.load_dataset("celeba", tmp_path / "data", True, names)
+
+    return load
+
+
+def test_celeba_attribute_becomes_a_class(faces):
+    assert faces("bangs").labels.tolist() == [i % 2 for i in range(40)]
+
+
+def test_celeba_attribute_can_be_negated(faces):
+    assert faces("not_bangs").labels.tolist() == [1 - i % 2 for i in range(40)]
+
+
+def test_celeba_of_two_attributes_the_first_counts(faces):
+    both = faces("male", "bangs")
+    assert both.classes == ["other", "male", "bangs"]
+    assert both.labels.tolist() == [1 if i % 3 == 0 else 2 * (i % 2) for i in range(40)]
+
+
+def test_celeba_without_attributes_has_one_class(faces):
+    assert faces().classes == ["other"]
+
+
+def test_celeba_unknown_attribute_is_answered_with_the_list(faces):
+    check_refusal(run_function(faces, "wings"), "eyeglasses")
 
 
 @pytest.mark.parametrize("compress", [True, False])
 def test_fashion_mnist_idx_plain_and_gz(tmp_path, monkeypatch, compress):
     write_fashion_mnist(tmp_path / "any", monkeypatch, compress)
-    data = c.load_dataset("fashion_mnist", tmp_path / "any", False)
-    assert data.images.shape == (40, 1, 28, 28) and data.labels.tolist() == [i % 10 for i in range(40)]
-    assert np.array_equal(data.images[3, 0].numpy(), np.asarray(picture(3, 3, 28).convert("L")))
+    data = common.load_dataset("fashion_mnist", tmp_path / "any", False)
+    assert data.images.shape == (40, 1, 28, 28)
+    assert data.labels.tolist() == [i % 10 for i in range(40)]
+    written = np.asarray(picture(3, 3, 28).convert("L"))
+    assert np.array_equal(data.images[3, 0].numpy(), written)
 
 
-def test_folder_notices_a_new_picture(tmp_path, monkeypatch):
+def test_folder_notices_new_pictures(tmp_path, monkeypatch):
+    """Ten more pictures are nine more to train with: every tenth is put aside for the test."""
     write_folder(tmp_path / "data", monkeypatch)
-    before = len(c.load_dataset("folder", tmp_path / "data").images)
+    before = len(common.load_dataset("folder", tmp_path / "data").images)
     for i in range(10):
         picture(3, i, 40).save(tmp_path / "data/sky" / f"new{i}.png")
-    assert len(c.load_dataset("folder", tmp_path / "data").images) == before + 9
+    assert len(common.load_dataset("folder", tmp_path / "data").images) == before + 9
 
 
-@pytest.mark.parametrize("name, file", [("cifar10", tv.CIFAR10.tgz_md5), ("stl10", tv.STL10.tgz_md5), ("celeba", tv.CelebA.file_list[0][1]),
-                                        ("imagenette", tv.Imagenette._ARCHIVES["160px"][1]), ("fashion_mnist", tv.FashionMNIST.resources[0][1])])
-def test_a_failed_download_says_which_file_to_put_where(name, file, tmp_path, monkeypatch, capsys):
-    """One line with the md5 that torchvision expects."""
-    real = c._open_torchvision
+DOWNLOAD_MD5 = {
+    "cifar10": datasets.CIFAR10.tgz_md5,
+    "stl10": datasets.STL10.tgz_md5,
+    "celeba": datasets.CelebA.file_list[0][1],
+    "imagenette": datasets.Imagenette._ARCHIVES["160px"][1],
+    "fashion_mnist": datasets.FashionMNIST.resources[0][1],
+}
+
+
+@pytest.mark.parametrize("name", list(DOWNLOAD_MD5))
+def test_a_failed_download_says_which_file_to_put_where(name, tmp_path, monkeypatch):
+    """The line has the md5 that torchvision expects, the folder and the size."""
+    real = common._open_torchvision
 
     def offline(*where, download=False):
         if download:
             raise OSError("no route to host\nmore")
         return real(*where)
 
-    monkeypatch.setattr(c, "_open_torchvision", offline)
-    with pytest.raises(SystemExit) as e:
-        c.load_dataset(name, tmp_path / "data")
-    err = capsys.readouterr().err
-    assert e.value.code == 2 and err.count("\n") == 1 and file in err and str(tmp_path / "data") in err and "MB" in err
+    monkeypatch.setattr(common, "_open_torchvision", offline)
+    run = run_function(common.load_dataset, name, tmp_path / "data")
+    check_refusal(run, DOWNLOAD_MD5[name], str(tmp_path / "data"), "MB")
 
 
-def test_bad_folders(tmp_path, capsys):
-    """No folder named, none there, no sub-folders, a picture that is none: one line each."""
-    (tmp_path / "flat").mkdir(), (tmp_path / "broken/a").mkdir(parents=True)
-    (tmp_path / "broken/a/x.png").write_bytes(b"no picture")
-    for where in (None, tmp_path / "absent", tmp_path / "flat", tmp_path / "broken"):
-        with pytest.raises(SystemExit) as e:
-            c.load_dataset("folder", where)
-        err = capsys.readouterr().err
-        assert e.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
+def test_folder_has_to_be_named():
+    check_refusal(run_function(common.load_dataset, "folder", None))
 
 
-def test_batches_are_drawn_from_the_index_and_mirrored_by_halves():
-    torch.manual_seed(0)
+def test_folder_has_to_exist(tmp_path):
+    check_refusal(run_function(common.load_dataset, "folder", tmp_path / "absent"))
+
+
+def test_folder_needs_sub_folders(tmp_path):
+    check_refusal(run_function(common.load_dataset, "folder", tmp_path))
+
+
+def test_folder_with_a_broken_picture_is_refused(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/x.png").write_bytes(b"no picture")
+    check_refusal(run_function(common.load_dataset, "folder", tmp_path))
+
+
+# ---- batches -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def striped():
+    """Ten images of 2x2 pixels whose left column is ten times their index, the right one black."""
     images = torch.zeros(10, 1, 2, 2, dtype=torch.uint8)
-    images[:, 0, :, 0] = 10 * torch.arange(10, dtype=torch.uint8)[:, None]  # left column: ten times the index
-    x = c.to_bytes(c.draw_batch(images, torch.tensor([3, 7]), 400, flip=True))
-    left, right = x[:, 0, 0, 0], x[:, 0, 0, 1]
-    assert set(left.maximum(right).tolist()) == {30, 70} and 150 < (left > right).sum() < 250
-    assert (c.to_bytes(c.draw_batch(images, torch.tensor([3]), 50))[:, 0, 0, 0] == 30).all()
+    images[:, 0, :, 0] = 10 * torch.arange(10, dtype=torch.uint8)[:, None]
+    torch.manual_seed(0)
+    return images
 
 
+def test_batch_is_drawn_from_the_index(striped):
+    x = common.draw_batch(striped, torch.tensor([3, 7]), 400, flip=True)
+    brightest = common.to_bytes(x).amax((1, 2, 3))
+    assert set(brightest.tolist()) == {30, 70}
+
+
+def test_half_of_a_batch_is_mirrored(striped):
+    x = common.draw_batch(striped, torch.tensor([3, 7]), 400, flip=True)
+    upper_row = common.to_bytes(x)[:, 0, 0]
+    num_unmirrored = (upper_row[:, 0] > upper_row[:, 1]).sum()
+    assert 150 < num_unmirrored < 250
+
+
+def test_batch_without_flip_is_not_mirrored(striped):
+    x = common.draw_batch(striped, torch.tensor([3]), 50)
+    assert (common.to_bytes(x)[:, 0, 0, 0] == 30).all()
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+# The program takes: the project's folder, a folder for the data, the number of images. It prints
+# by how many bytes its memory has grown at most while it read the images, and their own bytes.
 MEMORY = """
 import sys
-sys.path.insert(0, {root!r})
-import numpy as np, torch, torchvision, common as c
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+
+sys.path.insert(0, sys.argv[1])
+import common
+
+folder = Path(sys.argv[2])
+noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+
+
 class Faces:
     classes = ["a", "b"]
-    def __len__(self): return {n}
-    def __getitem__(self, i): return self.picture, i % 2
-from PIL import Image
-Faces.picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
-c._open_torchvision = lambda *a, **k: Faces()
-c._decode(Faces(), c.Path({tmp!r}) / "warm.npy", 64, None)
-# The kernel's own high-water mark of this program; getrusage's would count the test process that it was forked from.
-peak = lambda: int([line for line in open('/proc/self/status') if line.startswith('VmHWM')][0].split()[1]) * 1024
+    picture = Image.fromarray(noise)
+
+    def __init__(self, num_images):
+        self.num_images = num_images
+
+    def __len__(self):
+        return self.num_images
+
+    def __getitem__(self, i):
+        return self.picture, i % 2
+
+
+def open_faces(*where, **options):
+    return Faces(int(sys.argv[3]))
+
+
+def peak():
+    # The kernel's own high-water mark of this program. getrusage's would count the test process
+    # that it was forked from.
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+
+
+common._open_torchvision = open_faces
+common._decode(Faces(10), folder / "warm.npy", 64, None)  # loads what is loaded only once
 before = peak()
-data = c.load_dataset("imagenette", {tmp!r})
-total = sum(int(part.sum(dtype=torch.int64)) for part in data.images.split(20))  # touch every page
+data = common.load_dataset("imagenette", folder)
+total = sum(int(chunk.sum(dtype=torch.int64)) for chunk in data.images.split(20))  # every page
 print(peak() - before, data.images.numel())
 """
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux's memory accounts")
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux's accounts")
 def test_peak_memory_of_loading_is_the_tensor_itself(tmp_path):
-    """CelebA's shape, scaled down: decoding, caching and reading together hold at most 1.2 times the images, and linearly in them."""
-    peaks, sizes = [], []
-    for n in (4000, 12000):
-        (folder := tmp_path / str(n)).mkdir()
-        warm = MEMORY.format(root=str(ROOT), n=n, tmp=str(folder)).replace("c._decode(Faces()", "Faces.__len__ = lambda s: 10\nc._decode(Faces()")
-        warm = warm.replace("peak = lambda", f"Faces.__len__ = lambda s: {n}\npeak = lambda")
-        done = subprocess.run([sys.executable, "-c", warm], capture_output=True, text=True, check=True)
-        for values, value in zip((peaks, sizes), done.stdout.split()[-2:]):
-            values.append(int(value))
-    print(f"peaks {peaks} bytes of images of {sizes} bytes")
-    # A second copy of the images would make both 2.  The constant, some 10 MB, differs from run to run: no bound on the small set alone.
-    assert 0.5 < (peaks[1] - peaks[0]) / (sizes[1] - sizes[0]) < 1.2 and peaks[1] < 1.2 * sizes[1]
+    """Decoding, caching and reading together hold at most 1.2 times the images, and linearly.
+
+    The images have CelebA's shape; there are fewer of them.
+    """
+    peaks = []
+    sizes = []
+    for num_images in (4000, 12000):
+        folder = tmp_path / str(num_images)
+        folder.mkdir()
+        run = run_process("-c", MEMORY, ROOT, folder, num_images)
+        check_success(run)
+        peak, size = run.out.split()[-2:]
+        peaks.append(int(peak))
+        sizes.append(int(size))
+    found = f"peaks {peaks} bytes of images of {sizes} bytes"
+    # A second copy of the images would make both ratios 2. The constant, some 10 MB, differs from
+    # run to run: no bound on the small set alone.
+    slope = (peaks[1] - peaks[0]) / (sizes[1] - sizes[0])
+    assert 0.5 < slope < 1.2, found
+    assert peaks[1] < 1.2 * sizes[1], found
 
 
-# ---- the whole chain ---------------------------------------------------------------------------------
+# ---- the whole chain -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", list(WRITE))
-def test_chain_from_02_to_05(name, script, tmp_path, monkeypatch):
-    forget, _ = WRITE[name](tmp_path / "data", monkeypatch)
-    common = ("--dataset", name, "--data-dir", tmp_path / "data", "--quick", "--out", tmp_path / "out")
-    assert script("02", *common, "--steps", 2, "--batch-size", 4, "--width", 16)[0] == 0
-    for argv in (("03", "--steps", 2, "--batch-size", 4, "--n", 20, "--nfe", 2), ("04", "--n", 20, "--nfe", 2, "--nll", "bound", "--n-nll", 2),
-                 ("05", "--n", 3, "--steps", 2)):
-        status, _, err = script(argv[0], *common, "--forget", forget, *argv[1:])
-        assert status == 0, err
+@pytest.mark.parametrize("name", list(WRITERS))
+def test_chain_from_02_to_05(name, tmp_path, monkeypatch):
+    forget, _ = WRITERS[name](tmp_path / "data", monkeypatch)
+    where = ("--dataset", name, "--data-dir", tmp_path / "data", "--out", tmp_path / "out")
+    training = ("--steps", 2, "--batch-size", 4)
+    sampling = ("--n", 20, "--nfe", 2)
+    unlearn = ("--quick", *where, "--forget", forget)
+
+    check_success(run_script("02", "--quick", *where, *training, "--width", 16))
+    check_success(run_script("03", *unlearn, *training, *sampling))
+    check_success(run_script("04", *unlearn, *sampling, "--nll", "bound", "--n-nll", 2))
+    check_success(run_script("05", *unlearn, "--n", 3, "--steps", 2))
+
     folder = tmp_path / "out" / name / f"forget-{forget}"
-    assert {"table.json", "samples.png", "classes.png", "obt-rel-vp", "downstream"} <= {p.name for p in folder.iterdir()}
+    for file in ("table.json", "samples.png", "classes.png", "obt-rel-vp", "downstream"):
+        assert (folder / file).exists(), f"no {file}"
     rows = json.loads((folder / "table.json").read_text())["models"]
-    assert [r["model"] for r in rows] == ["standard", "obt-rel-vp"]
+    assert [row["model"] for row in rows] == ["standard", "obt-rel-vp"]
 
 
-def test_cifar10_without_a_base_names_both_ways_out(script, tmp_path, monkeypatch):
+@pytest.fixture
+def cifar10_flags(tmp_path, monkeypatch):
+    """Flags of 03 for a small CIFAR-10; no Standard model ships for it."""
     write_cifar10(tmp_path / "data", monkeypatch)
-    argv = ("--dataset", "cifar10", "--data-dir", tmp_path / "data", "--quick", "--forget", "dog", "--out", tmp_path / "out")
-    status, _, err = script("03", *argv)
-    assert status == 2 and err.count("\n") == 1 and "02_train_sde.py --dataset cifar10" in err and "--from-scratch" in err
-    status, out, _ = script("03", *argv, "--from-scratch", "--method", "ort", "--steps", 2, "--batch-size", 4, "--n", 12, "--nfe", 2)
-    result = json.loads((tmp_path / "out/cifar10/forget-dog/ort-vp-scratch/result.json").read_text())
-    assert status == 0 and result["ur_before"] is None and result["fd_after"] > 0 and "class 5 'dog': 10 images; keeping 90" in out
+    where = ("--data-dir", tmp_path / "data", "--out", tmp_path / "out")
+    return ("--dataset", "cifar10", *where, "--quick", "--forget", "dog")
+
+
+def test_cifar10_without_a_base_names_both_ways_out(cifar10_flags):
+    run = run_script("03", *cifar10_flags)
+    check_refusal(run, "02_train_sde.py --dataset cifar10", "--from-scratch")
+
+
+def test_cifar10_from_scratch_needs_no_base(cifar10_flags, tmp_path):
+    training = ("--from-scratch", "--method", "ort", "--steps", 2, "--batch-size", 4)
+    run = run_script("03", *cifar10_flags, *training, "--n", 12, "--nfe", 2)
+    check_success(run)
+    folder = tmp_path / "out/cifar10/forget-dog/ort-vp-scratch"
+    result = json.loads((folder / "result.json").read_text())
+    assert "class 5 'dog': 10 images; keeping 90" in run.out
+    assert result["ur_before"] is None, "there is no Standard model that could be measured"
+    assert result["fd_after"] > 0
+
+
+# ---- judges of colour pictures -------------------------------------------------------------------
 
 
 def test_colour_judge_learns(tmp_path, monkeypatch):
     """ResNet-18 tells three colours apart after a few passes."""
     write_folder(tmp_path / "data", monkeypatch)
-    train, test = (c.load_dataset("folder", tmp_path / "data", part) for part in (True, False))
-    judge = load_script("02")["fit_judge"](train, epochs=8, batch=36, lr=1e-3)
-    assert (c.judge_images(judge, test.images).labels == test.labels).float().mean() >= 0.9
+    train, test = common.load_train_and_test("folder", tmp_path / "data")
+    judge = common.fit_judge(train, epochs=8, batch_size=36, lr=1e-3)
+    is_right = common.judge_images(judge, test.images).labels == test.labels
+    assert is_right.float().mean() >= 0.9
 
 
-def test_a_judge_of_other_pictures_is_refused_and_a_quick_one_is_replaced(script, tmp_path, monkeypatch):
-    """Folders share out/folder: its judge knows its classes, and that it was trained for a look only."""
-    write_folder(tmp_path / "data", monkeypatch)
-    quick = ("--dataset", "folder", "--quick", "--out", tmp_path / "out")
-    assert script("02", *quick, "--judge", "--data-dir", tmp_path / "data")[0] == 0
-    data = c.load_dataset("folder", tmp_path / "data")
-    args = arguments(tmp_path / "out", dataset="folder", data_dir=tmp_path / "data", quick=True)
-    assert c.load_judge(args, data) is not None
-    with pytest.raises(SystemExit) as e:
-        c.load_judge(args, data._replace(classes=["cat", "dog", "owl"]))
-    assert e.value.code == 2
+@pytest.fixture(scope="module")
+def quick_judge(tmp_path_factory):
+    """02 --judge --quick of three kinds of pictures -> arguments of load_judge, their Dataset."""
+    root = tmp_path_factory.mktemp("quick_judge")
+    write_folder(root / "data", None)
+    where = ("--dataset", "folder", "--data-dir", root / "data", "--out", root / "out")
+    check_success(run_script("02", "--quick", *where, "--judge"))
+    args = arguments(root / "out", dataset="folder", data_dir=root / "data", quick=True)
+    return args, common.load_dataset("folder", root / "data")
+
+
+def test_a_quick_judge_serves_a_quick_run(quick_judge):
+    args, data = quick_judge
+    assert isinstance(common.load_judge(args, data), common.Judge)
+
+
+def test_a_judge_of_other_pictures_is_refused(quick_judge):
+    """All folders share out/folder, and its judge knows the names of its classes."""
+    args, data = quick_judge
+    other = data._replace(classes=["cat", "dog", "owl"])
+    check_refusal(run_function(common.load_judge, args, other), "Apples, lime, sky")
+
+
+def test_a_quick_judge_is_replaced_for_a_full_run(quick_judge, monkeypatch):
+    """It knows that it was trained for a look only."""
+    args, data = quick_judge
+    args = arguments(args.out, dataset="folder", data_dir=args.data_dir, quick=False)
     trained = []
-    monkeypatch.setattr(c.runpy, "run_path", lambda path: {"main": trained.append})
-    args.quick = False
-    c.load_judge(args, data)
-    assert "--judge" in trained[0] and "--quick" not in trained[0]
+    monkeypatch.setattr(common, "train_judge", lambda args, *_: trained.append(args))
+    common.load_judge(args, data)
+    assert [args.quick for args in trained] == [False], "one judge is trained, and not quickly"
 
 
-@pytest.mark.parametrize("argv, words", [
-    (("02", "--width", 12), "multiple of 8"), (("02", "--dataset", "celeba", "--measure"), "--without"), (("02", "--dataset", "folder"), "--data-dir"),
-    (("03", "--dataset", "cifar100", "--forget", "dog"), "choose from"), (("02", "--device", "cuda:9"), "--device cpu"),
-    (("03", "--forget", 3, "--method", "siss", "--compile"), "--compile")])
-def test_bad_input_is_one_line(script, tmp_path, argv, words):
-    status, _, err = script(argv[0], "--quick", *argv[1:], "--out", tmp_path)
-    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and words in err
+# ---- bad input -----------------------------------------------------------------------------------
+
+BAD_FLAGS = {
+    "width": ("02", "--width 12", "multiple of 8"),
+    "attributes": ("02", "--dataset celeba --measure", "--without"),
+    "no folder": ("02", "--dataset folder", "--data-dir"),
+    "data set": ("03", "--dataset cifar100 --forget dog", "choose from"),
+    "device": ("02", "--device cuda:9", "--device cpu"),
+    "compile": ("03", "--forget 3 --method siss --compile", "--compile"),
+    "parts": ("02", "--batch-size 10 --grad-accum 4", "--grad-accum"),
+    "parts of siss": ("03", "--forget 3 --method siss --grad-accum 2", "--grad-accum"),
+    "parts of erasediff": ("03", "--forget 3 --method erasediff --grad-accum 2", "--grad-accum"),
+}
 
 
-# ---- devices and processes ---------------------------------------------------------------------------
+@pytest.mark.parametrize("number, flags, word", BAD_FLAGS.values(), ids=BAD_FLAGS.keys())
+def test_bad_input_is_one_line(tmp_path, number, flags, word):
+    check_refusal(run_script(number, "--quick", *flags.split(), "--out", tmp_path), word)
 
 
-def test_out_of_memory_names_the_way_out(monkeypatch, capsys):
+# ---- devices and processes -----------------------------------------------------------------------
+
+
+def test_out_of_memory_names_the_way_out():
     def main(argv):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(SystemExit) as e:
-        c.run(main)
-    assert e.value.code == 2 and "--batch-size" in (err := capsys.readouterr().err) and "--grad-accum" in err and err.count("\n") == 1
+    check_refusal(run_function(common.run, main), "--batch-size", "--grad-accum")
 
 
-def test_batch_size_has_to_split(script, tmp_path):
-    status, _, err = script("02", "--quick", "--batch-size", 10, "--grad-accum", 4, "--out", tmp_path)
-    assert status == 2 and "--grad-accum" in err and err.count("\n") == 1
+@pytest.mark.parametrize("word", [".cuda()", "num_workers"])
+@pytest.mark.parametrize(
+    "path", [ROOT / "common.py", *SCRIPTS.values()], ids=lambda path: path.stem
+)
+def test_no_device_is_assumed(path, word):
+    """These words would tie the code to one device or to pictures in many files."""
+    assert word not in path.read_text()
 
 
-def test_no_device_is_assumed():
-    """What would tie the code to one device or to pictures."""
-    for path in [ROOT / "common.py", *SCRIPTS.values()]:
-        text = path.read_text()
-        assert ".cuda()" not in text and "num_workers" not in text, path
-
-
-def launch(processes, argv):
-    """torchrun on this machine, gloo; one thread a process."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--", *map(str, argv)]  # "--": or it takes --n for its own
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def launch(num_processes, *command):
+    """Run a script under torchrun on this machine, one thread a process -> what it printed."""
+    # "--" because torchrun takes --n for its own flag otherwise.
+    torchrun = ["-m", "torch.distributed.run", "--standalone"]
+    argv = [sys.executable, *torchrun, f"--nproc_per_node={num_processes}", "--"]
+    argv += [str(value) for value in command]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(argv, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
 
-def test_torchrun_two_processes_train_like_one(script, tmp_path):
-    """02 and 03: two processes, and one that does the same batch in two parts, end with the same weights and losses; one process writes."""
-    quick = ("--quick", "--steps", 3, "--batch-size", 8)
-    unlearn = (*quick, "--forget", 3, "--n", 20, "--nfe", 2)
-    for number, argv in (("02", (*quick, "--width", 16)), ("03", unlearn)):
-        assert script(number, *argv, "--grad-accum", 2, "--out", tmp_path / "one")[0] == 0
-        printed = launch(2, (SCRIPTS[number], *argv, "--out", tmp_path / "two"))
-        assert printed.count("model: ") == 1
+def read_log(path, keys):
+    """The values of `keys` in each line of a log.jsonl."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [[line[key] for key in keys] for line in lines]
+
+
+def test_torchrun_two_processes_train_like_one(tmp_path):
+    """02 and 03 end with the same weights and losses, and one of the two processes writes.
+
+    The one process does the same batch in two parts.
+    """
+    one = tmp_path / "one/mnist"
+    two = tmp_path / "two/mnist"
+    train = ("--quick", "--steps", 3, "--batch-size", 8)
+    commands = {
+        "02": (*train, "--width", 16),
+        "03": (*train, "--forget", 3, "--n", 20, "--nfe", 2),
+    }
+    for number, argv in commands.items():
+        check_success(run_script(number, *argv, "--grad-accum", 2, "--out", tmp_path / "one"))
+        printed = launch(2, SCRIPTS[number], *argv, "--out", tmp_path / "two")
+        assert printed.count("model: ") == 1, f"both processes of {number} print"
+
     for file in ("base.pt", "forget-3/obt-rel-vp/model.pt"):
-        a, b = (torch.load(tmp_path / k / "mnist" / file, weights_only=True)["ema"] for k in ("one", "two"))
-        assert all(torch.allclose(a[k], b[k], rtol=1e-4, atol=1e-6) for k in a), file
-    read = lambda k, file: [json.loads(line) for line in (tmp_path / k / "mnist" / file).read_text().splitlines()]
-    for file, keys in (("log.jsonl", ["loss"]), ("forget-3/obt-rel-vp/log.jsonl", ["loss_g", "loss_f"])):
-        for a, b in zip(read("one", file), read("two", file)):
-            assert [a[k] for k in keys] == pytest.approx([b[k] for k in keys], rel=1e-4, abs=1e-6)
-    assert {p.name for p in (tmp_path / "two/mnist/forget-3").iterdir()} == {"obt-rel-vp"}  # nothing temporary is left
+        alone = load_weights(one / file)
+        shared = load_weights(two / file)
+        for key in alone:
+            close = torch.allclose(alone[key], shared[key], rtol=1e-4, atol=1e-6)
+            assert close, f"{file}: {key} differs"
+
+    logs = {"log.jsonl": ["loss"], "forget-3/obt-rel-vp/log.jsonl": ["loss_g", "loss_f"]}
+    for file, keys in logs.items():
+        alone = read_log(one / file, keys)
+        shared = read_log(two / file, keys)
+        for losses, expected in zip(alone, shared):
+            assert losses == pytest.approx(expected, rel=1e-4, abs=1e-6), file
+
+    left = {path.name for path in (two / "forget-3").iterdir()}
+    assert left == {"obt-rel-vp"}, "something temporary is left"
 
 
-def test_torchrun_evaluates_to_the_same_table(script, tmp_path, small_base):
-    assert script("03", "--quick", "--forget", 3, "--steps", 2, "--n", 20, "--nfe", 2, "--out", tmp_path)[0] == 0
-    argv = ("--quick", "--forget", 3, "--n", 100, "--nfe", 2, "--n-nll", 40, "--out", tmp_path)
-    tables = []
-    for judge in (lambda: script("04", *argv), lambda: launch(2, (SCRIPTS["04"], *argv))):
-        judge()
-        tables.append(json.loads((tmp_path / "mnist/forget-3/table.json").read_text())["models"])
-        for path in (tmp_path / "mnist/forget-3/kept").glob("*.pt"):
-            path.unlink()
-    for a, b in zip(*tables):
-        assert a["class_counts"] == b["class_counts"] and a["fd"] == pytest.approx(b["fd"], rel=1e-3)
+def test_torchrun_evaluates_to_the_same_table(tmp_path, small_base):
+    quick = ("--quick", "--forget", 3, "--out", tmp_path)
+    folder = tmp_path / "mnist/forget-3"
+    check_success(run_script("03", *quick, "--steps", 2, "--n", 20, "--nfe", 2))
+    argv = (*quick, "--n", 100, "--nfe", 2, "--n-nll", 40)
+
+    check_success(run_script("04", *argv))
+    alone = json.loads((folder / "table.json").read_text())["models"]
+    for path in (folder / "kept").glob("*.pt"):
+        path.unlink()  # or the second evaluation would take its numbers from the first
+    launch(2, SCRIPTS["04"], *argv)
+    shared = json.loads((folder / "table.json").read_text())["models"]
+
+    for row, expected in zip(shared, alone):
+        name = row["model"]
+        assert row["class_counts"] == expected["class_counts"], name
+        assert row["fd"] == pytest.approx(expected["fd"], rel=1e-3), name
         for key in ("ode_bits_g", "ode_bits_f", "bound_bits_g", "bound_bits_f"):
-            assert a[key] == pytest.approx(b[key], abs=1e-3)
-
-
-@pytest.mark.parametrize("method", ["siss", "erasediff"])
-def test_methods_that_weigh_gradients_do_a_batch_at_once(script, tmp_path, method):
-    status, _, err = script("03", "--quick", "--forget", 3, "--method", method, "--grad-accum", 2, "--out", tmp_path)
-    assert status == 2 and "--grad-accum" in err and err.count("\n") == 1
+            assert row[key] == pytest.approx(expected[key], abs=1e-3), f"{name}: {key}"

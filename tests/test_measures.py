@@ -1,77 +1,195 @@
-"""Measures against closed forms, and against themselves on made-up verdicts."""
-import math
+"""The measures against closed forms, and against themselves on made-up verdicts."""
 
 import pytest
 import torch
 from conftest import arguments
 
-import common as c
+import common
+
+
+def randn(*shape, seed):
+    """Gaussian numbers in float64, the same ones for the same seed."""
+    return torch.randn(*shape, generator=common.rng(seed), dtype=torch.float64)
+
+
+# ---- the Frechet distance ------------------------------------------------------------------------
 
 
 def exact_sample(mean, cov, n=500):
     """n points whose sample mean and covariance are exactly these."""
-    x = torch.randn(n, len(mean), generator=c.rng(0), dtype=torch.float64)
+    x = randn(n, len(mean), seed=0)
     x = x - x.mean(0)
-    x = torch.linalg.solve_triangular(torch.linalg.cholesky(torch.cov(x.T)), x.T, upper=False).T
-    return mean + x @ torch.linalg.cholesky(cov).T
+    own_root = torch.linalg.cholesky(torch.cov(x.T))
+    white = torch.linalg.solve_triangular(own_root, x.T, upper=False).T
+    root = torch.linalg.cholesky(cov)
+    return mean + white @ root.T
 
 
 def test_frechet_distance_of_gaussians():
-    """Commuting covariances: |m1 - m2|^2 + SUM (sqrt a - sqrt b)^2."""
-    q = torch.linalg.qr(torch.randn(4, 4, generator=c.rng(1), dtype=torch.float64))[0]
-    a, b = torch.tensor([1.0, 2, 3, 4]).double(), torch.tensor([4.0, 1, 0.5, 4]).double()
-    m1, m2 = torch.zeros(4).double(), torch.tensor([1.0, 0, -2, 0]).double()
-    x, y = exact_sample(m1, q @ torch.diag(a) @ q.T), exact_sample(m2, q @ torch.diag(b) @ q.T)
-    want = 5 + ((a.sqrt() - b.sqrt()) ** 2).sum().item()
-    assert c.frechet_distance(x, y) == pytest.approx(want, abs=1e-8)
-    assert c.frechet_distance(x, x) == pytest.approx(0, abs=1e-8)
+    """Covariances that commute: |m1 - m2|^2 + SUM (sqrt a - sqrt b)^2."""
+    axes, _ = torch.linalg.qr(randn(4, 4, seed=1))
+    variances_x = torch.tensor([1.0, 2, 3, 4]).double()
+    variances_y = torch.tensor([4.0, 1, 0.5, 4]).double()
+    cov_x = axes @ torch.diag(variances_x) @ axes.T
+    cov_y = axes @ torch.diag(variances_y) @ axes.T
+    mean_x = torch.zeros(4).double()
+    mean_y = torch.tensor([1.0, 0, -2, 0]).double()
+    difference = variances_x.sqrt() - variances_y.sqrt()
+    want = 5 + (difference**2).sum().item()
+
+    x = exact_sample(mean_x, cov_x)
+    y = exact_sample(mean_y, cov_y)
+    distance = common.frechet_distance(x, y)
+    assert distance == pytest.approx(want, abs=1e-8)
+
+
+def test_frechet_distance_to_itself_is_zero():
+    x = randn(500, 4, seed=0)
+    distance = common.frechet_distance(x, x)
+    assert distance == pytest.approx(0, abs=1e-8)
 
 
 def test_frechet_distance_equals_its_nuclear_norm_form_when_rank_deficient():
     """tr (S1 S2)^1/2 = |X1c X2c'|_* / (n-1) (FastFID), with fewer points than dimensions."""
-    x, y = (torch.randn(20, 50, generator=c.rng(s), dtype=torch.float64) for s in (0, 1))
-    xc, yc = x - x.mean(0), y - y.mean(0)
-    cross = torch.linalg.svdvals(xc @ yc.T).sum() / 19
-    want = (x.mean(0) - y.mean(0)).square().sum() + xc.square().sum() / 19 + yc.square().sum() / 19 - 2 * cross
-    assert c.frechet_distance(x, y) == pytest.approx(want.item(), rel=1e-6)
+    x = randn(20, 50, seed=0)
+    y = randn(20, 50, seed=1)
+    centred_x = x - x.mean(0)
+    centred_y = y - y.mean(0)
+    cross = torch.linalg.svdvals(centred_x @ centred_y.T).sum() / 19
+    trace_x = centred_x.square().sum() / 19
+    trace_y = centred_y.square().sum() / 19
+    between_means = (x.mean(0) - y.mean(0)).square().sum()
+    want = between_means + trace_x + trace_y - 2 * cross
+    distance = common.frechet_distance(x, y)
+    assert distance == pytest.approx(want.item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("k, n", [(0, 1000), (7, 200), (50, 100), (1000, 1000)])
-def test_wilson_interval_solves_its_equation(k, n):
-    """Both ends p satisfy (k/n - p)^2 = z^2 p (1-p)/n; at 0 of 1000 the upper end is 0.38 %."""
-    for p in c.wilson(k, n):
-        assert (k / n - p) ** 2 == pytest.approx(1.96**2 * p * (1 - p) / n, abs=1e-12)
-    assert 100 * c.wilson(0, 1000)[1] == pytest.approx(0.38, abs=0.005)
+# ---- the interval of a share ---------------------------------------------------------------------
 
 
-def verdict(counts, confidence=0.9, seed=0):
-    labels = torch.cat([torch.full((n,), i) for i, n in enumerate(counts)])
-    return c.Verdict(labels, torch.full((len(labels),), confidence), torch.randn(len(labels), 3, generator=c.rng(seed), dtype=torch.float64))
+@pytest.mark.parametrize("end", [0, 1], ids=["low", "high"])
+@pytest.mark.parametrize(
+    "k, n",
+    [
+        (0, 1000),
+        (7, 200),
+        (50, 100),
+        (1000, 1000),
+    ],
+)
+def test_wilson_interval_solves_its_equation(k, n, end):
+    """Both ends p satisfy (k/n - p)^2 = z^2 p (1-p)/n."""
+    p = common.wilson(k, n)[end]
+    want = 1.96**2 * p * (1 - p) / n
+    assert (k / n - p) ** 2 == pytest.approx(want, abs=1e-12)
 
 
-def test_measure():
-    before, after = verdict([100, 50, 50]), verdict([150, 25, 25], 0.7)
-    real = torch.randn(500, 3, generator=c.rng(9), dtype=torch.float64)
-    b, a = c.measure(before, [2], real, 3), c.measure(after, [2], real, 3, before)
-    assert b["ur"] == pytest.approx(25) and a["ur"] == pytest.approx(12.5)
-    assert a["low_confidence"] == pytest.approx(100) and b["low_confidence"] == 0
-    # Class 1: 25 of 175 kept after, 50 of 150 before.
-    assert a["class_min_ratio"] == pytest.approx((25 / 175) / (50 / 150))
-    assert a["class_counts"] == [150, 25, 25] and "class_min_ratio" not in b
-    # FD before leaves the forgotten samples out; after takes as many.
-    assert b["fd"] == pytest.approx(c.frechet_distance(before.features[:150], real))
-    assert a["fd"] == pytest.approx(c.frechet_distance(after.features[:150], real))
+def test_wilson_interval_at_none_of_a_thousand_ends_at_0_38_percent():
+    _, high = common.wilson(0, 1000)
+    assert 100 * high == pytest.approx(0.38, abs=0.005)
 
 
-def test_class_min_ratio_sees_a_class_that_vanished():
-    m = c.measure(verdict([200, 0, 0]), [2], torch.randn(50, 3).double(), 3, verdict([100, 50, 50]))
-    assert m["class_min_ratio"] == 0 and m["class_counts"] == [200, 0, 0] and m["ur"] == 0
+# ---- measure -------------------------------------------------------------------------------------
+
+REAL = randn(500, 3, seed=9)
 
 
-def test_the_shipped_judge_is_good_and_takes_bytes(tmp_path):
-    test = c.load_dataset("mnist", train=False)
-    judge = c.load_judge(arguments(tmp_path), test)
-    v = c.judge_images(judge, test.images)
-    assert (v.labels == test.labels).float().mean() >= 0.992
-    noise = torch.randint(0, 256, (200, 1, 28, 28), dtype=torch.uint8, generator=c.rng(0))
-    assert torch.equal(c.judge_images(judge, noise[:3]).labels, c.judge_images(judge, noise).labels[:3])
+def make_verdict(counts, confidence=0.9):
+    """A Verdict with so many samples of each class, equally sure of all, and random features."""
+    classes = torch.arange(len(counts))
+    labels = torch.repeat_interleave(classes, torch.tensor(counts))
+    n = len(labels)
+    return common.Verdict(
+        labels=labels,
+        confidence=torch.full((n,), confidence),
+        features=randn(n, 3, seed=0),
+    )
+
+
+BEFORE = make_verdict([100, 50, 50])
+AFTER = make_verdict([150, 25, 25], confidence=0.7)
+
+
+@pytest.fixture
+def before():
+    """The measures of the Standard model; class 2 is to be forgotten."""
+    return common.measure(BEFORE, [2], REAL, 3)
+
+
+@pytest.fixture
+def after():
+    """The measures of an unlearned model, beside the Standard one."""
+    return common.measure(AFTER, [2], REAL, 3, BEFORE)
+
+
+def test_ur_is_the_share_of_the_forget_class(before, after):
+    assert before["ur"] == pytest.approx(25)
+    assert after["ur"] == pytest.approx(12.5)
+
+
+def test_low_confidence_is_the_share_below_80_percent(before, after):
+    assert before["low_confidence"] == 0
+    assert after["low_confidence"] == pytest.approx(100)
+
+
+def test_class_min_ratio_compares_shares_of_the_kept_samples(after):
+    """Class 1 has lost most: 25 of 175 kept samples after, 50 of 150 before."""
+    share_before = 50 / 150
+    share_after = 25 / 175
+    assert after["class_min_ratio"] == pytest.approx(share_after / share_before)
+
+
+def test_class_min_ratio_needs_the_standard_model(before):
+    assert "class_min_ratio" not in before
+
+
+def test_class_counts_are_the_samples_of_each_class(after):
+    assert after["class_counts"] == [150, 25, 25]
+
+
+def test_fd_of_the_standard_model_leaves_the_forgotten_samples_out(before):
+    want = common.frechet_distance(BEFORE.features[:150], REAL)
+    assert before["fd"] == pytest.approx(want)
+
+
+def test_fd_of_an_unlearned_model_takes_as_many_samples_as_the_standard_models(after):
+    want = common.frechet_distance(AFTER.features[:150], REAL)
+    assert after["fd"] == pytest.approx(want)
+
+
+def test_measures_see_a_class_that_vanished():
+    collapsed = make_verdict([200, 0, 0])
+    result = common.measure(collapsed, [2], REAL, 3, BEFORE)
+    assert result["class_min_ratio"] == 0
+    assert result["class_counts"] == [200, 0, 0]
+    assert result["ur"] == 0
+
+
+# ---- the judge that ships ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mnist():
+    """The test images of MNIST."""
+    return common.load_dataset("mnist", train=False)
+
+
+@pytest.fixture(scope="module")
+def judge(mnist, tmp_path_factory):
+    """The judge of MNIST that ships with the project."""
+    return common.load_judge(arguments(tmp_path_factory.mktemp("out")), mnist)
+
+
+def test_the_shipped_judge_is_good(judge, mnist):
+    labels = common.judge_images(judge, mnist.images).labels
+    is_right = labels == mnist.labels
+    assert is_right.float().mean() >= 0.992
+
+
+def test_a_verdict_does_not_depend_on_the_batch(judge):
+    shape = (200, 1, 28, 28)
+    generator = common.rng(0)
+    noise = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    together = common.judge_images(judge, noise).labels
+    alone = common.judge_images(judge, noise[:3]).labels
+    assert torch.equal(alone, together[:3])

@@ -1,143 +1,287 @@
-"""Training helpers: averages, rates, the guard, Muon, checkpoints; and 02's resume, bit for bit."""
+"""Training helpers: average, rates, guard, Muon, checkpoints; and 02's resume, bit for bit."""
+
 import signal
 
 import pytest
 import torch
 import torch.nn as nn
+from conftest import check_refusal, check_success, run_function, run_script, same_weights
+from torch.utils.flop_counter import FlopCounterMode
 
-import common as c
+import common
 
 QUICK = ("--quick", "--steps", 6, "--batch-size", 8)
 
+# ---- the average of the weights ------------------------------------------------------------------
 
-def test_ema_warms_up_and_then_follows_its_decay():
+
+@pytest.fixture
+def ema():
+    """The average of one weight, which was 0 at the start and 1 at each of 20 updates."""
     net = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(net.weight)
-    ema = c.EMA(net, 0.5)
+    average = common.EMA(net, 0.5)
     nn.init.ones_(net.weight)
-    want = 0.0
+    for _ in range(20):
+        average.update(net)
+    return average
+
+
+def test_ema_warms_up_and_then_follows_its_decay(ema):
+    expected = 0.0
     for n in range(20):
-        ema.update(net)
-        d = min(0.5, (1 + n) / (10 + n))
-        want = d * want + 1 - d
-    assert ema.net.weight.item() == pytest.approx(want) and not ema.net.training
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = decay * expected + 1 - decay
+    assert ema.net.weight.item() == pytest.approx(expected)
 
 
-def test_learning_rate_never_is_zero_at_the_start_and_falls_to_zero():
+def test_ema_is_always_in_eval_mode(ema):
+    assert not ema.net.training
+
+
+# ---- the learning rate ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rates():
+    """The rate at each of 101 steps: peak 2, 10 steps of warm-up, 100 steps in all."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
-    rates = []
+    result = []
     for step in range(101):
-        c.set_lr([optimizer], step, 100, warmup=10)
-        rates.append(optimizer.param_groups[0]["lr"])
-    assert rates[0] == pytest.approx(0.2, rel=0.01) and max(rates) <= 2.0 and rates[50] == pytest.approx(1.0) and rates[100] == pytest.approx(0, abs=1e-12)
+        common.set_lr([optimizer], step, 100, warmup=10)
+        result.append(optimizer.param_groups[0]["lr"])
+    return result
 
 
-def test_a_nan_step_is_skipped_and_five_in_a_row_stop(capsys):
-    net = nn.Linear(2, 1)
-    optimizer, before, skipped = torch.optim.Adam(net.parameters(), 0.1), nn.Linear(2, 1).weight.shape, 0
-    weight = net.weight.detach().clone()
+def test_learning_rate_never_is_zero_at_the_start(rates):
+    assert rates[0] == pytest.approx(0.2, rel=0.01)
+
+
+def test_learning_rate_never_is_above_its_peak(rates):
+    assert max(rates) <= 2.0
+
+
+def test_learning_rate_is_half_in_the_middle(rates):
+    assert rates[50] == pytest.approx(1.0)
+
+
+def test_learning_rate_falls_to_zero(rates):
+    assert rates[100] == pytest.approx(0, abs=1e-12)
+
+
+# ---- the guard against numbers that are not finite -----------------------------------------------
+
+
+class Guarded:
+    """A small network whose steps are guarded; it counts the steps skipped in a row."""
+
+    def __init__(self):
+        self.net = nn.Linear(2, 1)
+        self.start = self.net.weight.detach().clone()
+        self.optimizer = torch.optim.Adam(self.net.parameters(), 0.1)
+        self.skipped = 0
+
+    def step(self, value):
+        """Train one step with an input full of `value`."""
+        self.net(torch.full((1, 2), value)).sum().backward()
+        self.skipped = common.guarded_step(self.net, [self.optimizer], self.skipped)
+
+    def has_moved(self):
+        """Whether the weight is no longer what it was at the start."""
+        return not torch.equal(self.net.weight, self.start)
+
+
+@pytest.fixture
+def guarded():
+    """A network of which four steps in a row were not finite."""
+    result = Guarded()
     for k in range(4):
-        net(torch.full((1, 2), float("nan"))).sum().backward()
-        skipped = c.guarded_step(net, [optimizer], skipped)
-        assert skipped == k + 1 and torch.equal(net.weight, weight)
-    net(torch.full((1, 2), float("nan"))).sum().backward()
-    with pytest.raises(SystemExit) as e:
-        c.guarded_step(net, [optimizer], skipped)
-    assert e.value.code == 2 and "--lr" in capsys.readouterr().err
-    net(torch.ones(1, 2)).sum().backward()
-    assert c.guarded_step(net, [optimizer], 3) == 0 and not torch.equal(net.weight, weight)
+        result.step(float("nan"))
+        assert result.skipped == k + 1
+    return result
 
 
-@pytest.mark.parametrize("shape", [(8, 4, 3, 3), (64, 2, 3, 3)])
-def test_muon_step_is_orthogonal(shape):
-    """The update of one step, over its rate, has all singular values near 1 (0.7 to 1.2 by the polynomial's design)."""
-    w = nn.Parameter(torch.zeros(shape))
-    w.grad = torch.randn(shape, generator=c.rng(0))
-    c.Muon([w], lr=1.0, momentum=0.0).step()
-    flat = w.detach().flatten(1)
-    values = torch.linalg.svdvals(flat) / max(1, flat.shape[0] / flat.shape[1]) ** 0.5
-    assert values.min() > 0.6 and values.max() < 1.3
-    assert (flat * w.grad.flatten(1)).sum() < 0  # downhill
+def test_a_nan_step_leaves_the_weights(guarded):
+    assert not guarded.has_moved()
+
+
+def test_five_nan_steps_in_a_row_stop_with_advice(guarded):
+    check_refusal(run_function(guarded.step, float("nan")), "--lr")
+
+
+def test_a_finite_step_is_taken_and_starts_the_count_anew(guarded):
+    guarded.step(1.0)
+    assert guarded.skipped == 0
+    assert guarded.has_moved()
+
+
+def test_training_goes_on_after_the_guard_has_stopped_it(guarded):
+    """No gradient that is not finite stays behind."""
+    run_function(guarded.step, float("nan"))
+    guarded.skipped = 3
+    guarded.step(1.0)
+    assert guarded.skipped == 0
+    assert guarded.has_moved()
+
+
+# ---- Muon ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[(8, 4, 3, 3), (64, 2, 3, 3)], ids=["wide", "tall"])
+def muon_step(request):
+    """One step of rate 1 from zero -> the update and the gradient, both as (out, in * k * k)."""
+    w = nn.Parameter(torch.zeros(request.param))
+    w.grad = torch.randn(request.param, generator=common.rng(0))
+    common.Muon([w], lr=1.0, momentum=0.0).step()
+    return w.detach().flatten(1), w.grad.flatten(1)
+
+
+def test_muon_step_is_orthogonal(muon_step):
+    """All singular values are near 1: 0.7 to 1.2 by the polynomial's design."""
+    update, _ = muon_step
+    out, inside = update.shape
+    values = torch.linalg.svdvals(update) / max(1, out / inside) ** 0.5
+    assert values.min() > 0.6
+    assert values.max() < 1.3
+
+
+def test_muon_step_goes_downhill(muon_step):
+    update, grad = muon_step
+    assert (update * grad).sum() < 0
+
+
+# ---- checkpoints and folders ---------------------------------------------------------------------
 
 
 def test_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "x.pt"
-    c.save_checkpoint(path, arch=1, ema=2)
+    common.save_checkpoint(path, arch=1, ema=2)
 
-    def half(content, target):
+    def save_half(content, target):
         target.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(torch, "save", half)
+    monkeypatch.setattr(torch, "save", save_half)
     with pytest.raises(KeyboardInterrupt):
-        c.save_checkpoint(path, arch=3, ema=4)
-    assert c.load_checkpoint(path, "")["arch"] == 1
+        common.save_checkpoint(path, arch=3, ema=4)
+    assert common.load_checkpoint(path, "")["arch"] == 1
 
 
-def test_fresh_folder_replaces_only_when_done(tmp_path):
+@pytest.fixture
+def finished_folder(tmp_path):
+    """A finished run: a folder with the file "a"."""
     path = tmp_path / "run"
-    with c.fresh_folder(path) as out:
+    with common.fresh_folder(path) as out:
         (out / "a").write_text("old")
-    with pytest.raises(RuntimeError), c.fresh_folder(path) as out:
+    return path
+
+
+def test_failed_block_leaves_the_old_folder(finished_folder):
+    with pytest.raises(RuntimeError), common.fresh_folder(finished_folder) as out:
         (out / "a").write_text("new")
         raise RuntimeError
-    assert (path / "a").read_text() == "old"
-    with c.fresh_folder(path) as out:
+    assert (finished_folder / "a").read_text() == "old"
+
+
+def test_finished_block_replaces_the_folder(finished_folder):
+    with common.fresh_folder(finished_folder) as out:
         (out / "b").write_text("new")
-    assert [p.name for p in path.iterdir()] == ["b"] and [p.name for p in tmp_path.iterdir()] == ["run"]
+    assert [path.name for path in finished_folder.iterdir()] == ["b"]
 
 
-def same(a, b):
-    return all(torch.equal(a[k], b[k]) for k in a)
+def test_fresh_folder_leaves_nothing_temporary(finished_folder):
+    with pytest.raises(RuntimeError), common.fresh_folder(finished_folder):
+        raise RuntimeError
+    with common.fresh_folder(finished_folder) as out:
+        (out / "b").write_text("new")
+    assert [path.name for path in finished_folder.parent.iterdir()] == ["run"]
 
 
-def test_resume_is_bit_exact(script, tmp_path, monkeypatch):
-    """Six steps in one go, and three steps, a crash, three more: the same weights, average and log."""
-    assert script("02", *QUICK, "--out", tmp_path / "a")[0] == 0
-    real = c.save_checkpoint
+# ---- 02: resume ----------------------------------------------------------------------------------
 
-    def crash(path, **content):
-        real(path, **content)
+
+def test_resume_is_bit_exact(tmp_path, monkeypatch):
+    """Six steps in one go give what three steps, a crash and three more give."""
+    check_success(run_script("02", *QUICK, "--out", tmp_path / "whole"))
+    save = common.save_checkpoint
+
+    def save_and_crash(path, **content):
+        save(path, **content)
         raise SystemExit(9)
 
-    monkeypatch.setattr(c, "save_checkpoint", crash)
-    assert script("02", *QUICK, "--save-every", 3, "--out", tmp_path / "b")[0] == 9
-    monkeypatch.setattr(c, "save_checkpoint", real)
-    status, out, _ = script("02", *QUICK, "--resume", "--out", tmp_path / "b")
-    assert status == 0 and "at step 3" in out
-    a, b = (torch.load(tmp_path / k / "mnist/base.pt", weights_only=True) for k in "ab")
-    assert a["step"] == b["step"] == 6 and same(a["model"], b["model"]) and same(a["ema"], b["ema"])
-    assert not same(a["model"], a["ema"])
+    monkeypatch.setattr(common, "save_checkpoint", save_and_crash)
+    crashed = run_script("02", *QUICK, "--save-every", 3, "--out", tmp_path / "parts")
+    assert crashed.status == 9
+    monkeypatch.setattr(common, "save_checkpoint", save)
+    resumed = run_script("02", *QUICK, "--resume", "--out", tmp_path / "parts")
+    check_success(resumed)
+    assert "at step 3" in resumed.out
+
+    whole = torch.load(tmp_path / "whole/mnist/base.pt", weights_only=True)
+    parts = torch.load(tmp_path / "parts/mnist/base.pt", weights_only=True)
+    assert whole["step"] == 6
+    assert parts["step"] == 6
+    assert same_weights(whole["model"], parts["model"]), "the weights differ"
+    assert same_weights(whole["ema"], parts["ema"]), "the averages differ"
+    assert not same_weights(whole["model"], whole["ema"]), "the average is the weights themselves"
 
 
-def test_ctrl_c_saves_a_whole_step_and_says_how_to_go_on(script, tmp_path, monkeypatch):
-    real, calls = c.guarded_step, []
+def test_ctrl_c_saves_a_whole_step_and_says_how_to_go_on(tmp_path, monkeypatch):
+    guarded_step = common.guarded_step
+    calls = []
 
-    def step(*args):
-        calls.append(1)
+    def interrupted_step(*args):
+        calls.append(args)
         if len(calls) == 2:
             signal.raise_signal(signal.SIGINT)
-        return real(*args)
+        return guarded_step(*args)
 
-    monkeypatch.setattr(c, "guarded_step", step)
-    status, out, _ = script("02", *QUICK, "--out", tmp_path)
-    assert status == 0 and "--resume" in out
-    assert torch.load(tmp_path / "mnist/base.pt", weights_only=True)["step"] == len(calls) == 2
-
-
-def test_unet_starts_at_zero_and_takes_other_sizes():
-    for kw, shape in (({}, (2, 1, 28, 28)), (dict(channels=3, mult=(1, 2, 2), attn=(False, True, False), patch=1, width=32), (2, 3, 32, 32))):
-        net = c.UNet(**kw)
-        out = net(torch.randn(shape), torch.tensor([0.3, 1.5]))
-        assert out.shape == shape and torch.equal(out, torch.zeros(shape))
+    monkeypatch.setattr(common, "guarded_step", interrupted_step)
+    run = run_script("02", *QUICK, "--out", tmp_path)
+    check_success(run)
+    assert "--resume" in run.out
+    assert len(calls) == 2, "it goes on after Ctrl-C"
+    assert torch.load(tmp_path / "mnist/base.pt", weights_only=True)["step"] == 2
 
 
-def test_mnist_network_fits_its_budget():
-    """At most 0.12 GFLOP forward an image, about 0.7 M parameters."""
-    from torch.utils.flop_counter import FlopCounterMode
+# ---- the network ---------------------------------------------------------------------------------
 
-    recipe = c.RECIPES["mnist"]
-    net = c.UNet(**recipe["net"], sd=recipe["sd"])
+NETWORKS = {
+    "digits": ({}, (2, 1, 28, 28)),
+    "photos": (
+        {
+            "channels": 3,
+            "mult": (1, 2, 2),
+            "attn": (False, True, False),
+            "patch": 1,
+            "width": 32,
+        },
+        (2, 3, 32, 32),
+    ),
+}
+
+
+@pytest.mark.parametrize("arch, shape", NETWORKS.values(), ids=NETWORKS.keys())
+def test_unet_starts_at_zero_and_takes_other_sizes(arch, shape):
+    net = common.UNet(**arch)
+    out = net(torch.randn(shape), torch.tensor([0.3, 1.5]))
+    assert torch.equal(out, torch.zeros(shape))
+
+
+@pytest.fixture
+def mnist_net():
+    """The network of the MNIST recipe with random weights."""
+    recipe = common.RECIPES["mnist"]
+    return common.UNet(**recipe["net"], sd=recipe["sd"])
+
+
+def test_mnist_network_fits_its_budget_of_operations(mnist_net):
+    """At most 0.12 GFLOP forward an image."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        net(torch.zeros(1, 1, 28, 28), torch.ones(1))
-    assert counter.get_total_flops() <= 0.12e9 and sum(w.numel() for w in net.parameters()) < 0.9e6
+        mnist_net(torch.zeros(1, 1, 28, 28), torch.ones(1))
+    assert counter.get_total_flops() <= 0.12e9
+
+
+def test_mnist_network_fits_its_budget_of_parameters(mnist_net):
+    """About 0.7 M parameters."""
+    assert sum(w.numel() for w in mnist_net.parameters()) < 0.9e6

@@ -183,6 +183,7 @@ class Model:
     ema: common.EMA  # the average of net over the last steps; samples are drawn from it
     optimizers: list  # each moves some of the weights
     sde: common.SDE  # the noise that images get in training
+    shape: tuple  # (C, H, W) of the images
 
 
 def make_model(args, shape):
@@ -204,6 +205,7 @@ def make_model(args, shape):
         ema=common.EMA(net, args.ema),
         optimizers=common.muon_and_adam(net, args.lr),
         sde=sde,
+        shape=tuple(shape),
     )
     if args.compile:
         net.compile()  # last: describe_network and EMA need the network as it is without that
@@ -348,6 +350,7 @@ def save(path, step, model, args):
     common.save_checkpoint(
         path,
         arch=model.net.arch,
+        shape=model.shape,
         model=model.net.state_dict(),
         ema=model.ema.net.state_dict(),
         optimizers=[optimizer.state_dict() for optimizer in model.optimizers],
@@ -371,16 +374,29 @@ def resume(path, model, args):
             f"{path} holds another network (was it made with --quick?); "
             "start again without --resume"
         )
+    common.refuse_other_shape(path, command, checkpoint, model.shape)
+    try:
+        restore(model, checkpoint)
+    except Exception as error:  # entries that do not fit raise half a dozen types
+        reason = str(error).splitlines()[0]
+        common.exit_with_error(
+            f"{path} cannot be resumed ({reason}); start again without --resume: {command}"
+        )
+    print(f"resumed {path} at step {checkpoint['step']}")
+    return checkpoint["step"]
+
+
+def restore(model, checkpoint):
+    """Put what a checkpoint holds into the model and the random generator; raise if it misfits."""
     # The raw weights train on; the average only follows them.
     model.net.load_state_dict(checkpoint["model"])
     model.ema.net.load_state_dict(checkpoint["ema"])
     # Without this the average would take itself for new, and forget faster than it should.
-    model.ema.num_updates = checkpoint["step"]
-    for optimizer, state in zip(model.optimizers, checkpoint["optimizers"]):
+    model.ema.num_updates = int(checkpoint["step"])
+    # strict: with one state too few an optimizer would start anew, and nobody would notice.
+    for optimizer, state in zip(model.optimizers, checkpoint["optimizers"], strict=True):
         optimizer.load_state_dict(state)
     torch.set_rng_state(checkpoint["rng"])
-    print(f"resumed {path} at step {checkpoint['step']}")
-    return checkpoint["step"]
 
 
 def checkpoint_path(args, forget_names):
@@ -477,12 +493,12 @@ def measure_base(args):
     is the best that a model can hope for at this n.
     """
     path, command = common.find_base(args.out, args.dataset)  # command: what makes it, for an error
-    net = common.load_net(path, command, args.device)
     train_set, test_set = common.load_train_and_test(args.dataset, args.data_dir, args.without)
+    shape = train_set.images.shape[1:]
+    net = common.load_net(path, command, args.device, shape)
     judge = common.load_judge(args, train_set, args.without or ())
     real_images = common.reference_images(train_set.images, args.quick)
     real_features = common.judge_images(judge, real_images).features
-    shape = train_set.images.shape[1:]
     sde = common.VP()  # as 03 and 04 sample, unless told otherwise
     image_sets = {
         "model": common.sample_images(net, args.n, shape, sde, args.seed, device=args.device),

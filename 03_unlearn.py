@@ -289,6 +289,7 @@ class Model:
     ema: common.EMA  # the average of net over the last steps; samples are drawn from it
     optimizers: list  # each moves some of the weights
     sde: common.SDE  # the noise that images get in training, and that samples start from
+    shape: tuple  # (C, H, W) of the images
 
 
 def make_model(args, shape):
@@ -296,7 +297,7 @@ def make_model(args, shape):
 
     The network starts as a copy of the Standard model, or with random weights (--from-scratch).
     """
-    base = load_base(args)  # <-- 03
+    base = load_base(args, shape)  # <-- 03
     print_settings(args, base)
     net = copy_or_fresh(args, base).to(args.device)  # <-- 03
     print(f"model: {common.describe_network(net, shape)}")
@@ -314,14 +315,17 @@ def make_model(args, shape):
         ema=common.EMA(net, args.ema),
         optimizers=optimizers,
         sde=common.SDES[args.sde](),
+        shape=tuple(shape),
     )
     if args.compile:
         net.compile()  # last: describe_network and EMA need the network as it is without that
     return model
 
 
-def load_base(args):  # <-- 03
-    """Load the Standard model of 02; return None if there is none and none is needed.
+def load_base(args, shape):  # <-- 03
+    """Load the Standard model of 02 for images of shape (C, H, W).
+
+    It returns None if there is none and none is needed.
 
     Unlearning starts from it. obt-rel and --retain distill also compare with it in each step. With
     --from-scratch it is only sampled from, for the "before" of the pictures and measures.
@@ -334,7 +338,7 @@ def load_base(args):  # <-- 03
         )
     if not path.exists():
         return None
-    return common.load_net(path, command, args.device)
+    return common.load_net(path, command, args.device, shape)
 
 
 def print_settings(args, base):
@@ -642,6 +646,7 @@ def save(path, step, model, args):
     common.save_checkpoint(
         path,
         arch=model.net.arch,
+        shape=model.shape,
         ema=model.ema.net.state_dict(),
         step=step,
         args=vars(args),

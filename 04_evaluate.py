@@ -187,10 +187,11 @@ class Model(NamedTuple):
     digest: str  # SHA-256 of its file: tells new weights from old ones under the same name
 
 
-def find_models(args, forget_names, folder):
+def find_models(args, forget_names, folder, shape):
     """Load the Standard model and every finished run for these classes, as a list of Model.
 
     folder  out/<dataset>/forget-<names>, which holds the runs
+    shape   (C, H, W) of the images
 
     Standard comes first, then Unseen where there is one, then the others by name. Exits with one
     line that names the command to run when nothing has been unlearned yet.
@@ -204,27 +205,28 @@ def find_models(args, forget_names, folder):
 
     base_path, base_command = common.find_base(args.out, args.dataset)
     # The Standard model may come without its arguments: the row then says None.
-    base_args = common.load_checkpoint(base_path, base_command).get("args", {})
-    models = [load_model(args, "standard", base_path, base_command, base_args)]
+    base_args = common.load_checkpoint(base_path, base_command).get("args") or {}
+    models = [load_model(args, "standard", base_path, base_command, base_args, shape)]
 
     def unseen_first(path):
         # False sorts before True: Unseen comes first, as the yardstick, and the rest goes by path.
         return (runs[path]["method"] != "unseen", path)
 
     for path in sorted(runs, key=unseen_first):
-        models.append(load_model(args, path.parent.name, path, command, runs[path]))
+        models.append(load_model(args, path.parent.name, path, command, runs[path], shape))
     return models
 
 
-def load_model(args, name, path, command, trained):
+def load_model(args, name, path, command, trained, shape):
     """Load one checkpoint as a Model, with its network on args.device.
 
     command  the command that makes the file, for error messages
     trained  arguments of the run that made it
+    shape    (C, H, W) of the images
     """
     # Frozen: the likelihood needs gradients with respect to the images. Gradients with respect to
     # the weights would only cost memory.
-    net = common.load_net(path, command, args.device).requires_grad_(False)
+    net = common.load_net(path, command, args.device, shape).requires_grad_(False)
     if args.device == "cpu":
         # 1.2 times as fast with AVX2. On CUDA this layout only pays with --compile.
         net = net.to(memory_format=torch.channels_last)
@@ -324,7 +326,7 @@ def cached(setup, name, key, cost, compute):
 def read_cache(path, key):
     """Return the dict that was saved in `path` with this key, or None if there is no such dict."""
     try:
-        content = torch.load(path, weights_only=True)
+        content = common.read_torch_file(path)
         saved_key = content.pop("key")
     except Exception:  # absent, cut off, another format: many exception types, one remedy
         return None
@@ -958,7 +960,7 @@ def main(argv=None):
     # ---- models
     forget_names = [train.classes[i] for i in forget]
     folder = common.forget_folder(args.out, args.dataset, forget_names)
-    models = find_models(args, forget_names, folder)
+    models = find_models(args, forget_names, folder, train.images.shape[1:])
     judge = common.load_judge(args, train, forget_names)
     # No TF32 on CUDA: a likelihood adds up thousands of small terms, and 10 bits are too coarse.
     torch.set_float32_matmul_precision("highest")

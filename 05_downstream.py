@@ -610,10 +610,11 @@ def decides_more(title, rows):
 # ---- models and images ---------------------------------------------------------------------------
 
 
-def load_models(args, forget_names, folder):
+def load_models(args, forget_names, folder, shape):
     """Load the networks to compare: {name of the row: network}.
 
     folder  out/<dataset>/forget-<names>, which holds the runs of 03
+    shape   (C, H, W) of the images
 
     Standard comes first, then FIRST_METHODS, then any others. Exits with one line if there are no
     runs, or not those of --runs.
@@ -646,13 +647,13 @@ def load_models(args, forget_names, folder):
             rank = FIRST_METHODS.index(method)
         return rank, path
 
-    models = {"Standard": common.load_net(base_path, base_command, args.device)}
+    models = {"Standard": common.load_net(base_path, base_command, args.device, shape)}
     for path in sorted(method_of, key=place):
         run = path.parent.name
         if run in wanted:
             # As in a table: "obt-rel-vp" is "Obt-rel". VP is the default and goes without saying.
             name = run.removesuffix("-vp").capitalize()
-            models[name] = common.load_net(path, command, args.device)
+            models[name] = common.load_net(path, command, args.device, shape)
     return models
 
 
@@ -817,7 +818,7 @@ def main(argv=None):
     # ---- models
     forget_names = [test.classes[i] for i in forget]
     folder = common.forget_folder(args.out, args.dataset, forget_names)
-    models = load_models(args, forget_names, folder)
+    models = load_models(args, forget_names, folder, test.images.shape[1:])
     judge = common.load_judge(args, test, forget_names)
 
     # The Frechet distance compares with training images of D_g: the test images are the ones that

@@ -61,6 +61,7 @@ import os
 import shutil
 import sys
 import time
+import zipfile
 import zlib
 from datetime import timedelta
 from pathlib import Path
@@ -2206,6 +2207,21 @@ def save_checkpoint(path, **content):
     os.replace(unfinished, path)
 
 
+def read_torch_file(path):
+    """Read what torch.save has written, on the CPU.
+
+    Raises an exception, of one of many types, if the file is absent or not as it was written.
+    """
+    # torch.load does not compare the checksums in the file. A bit that has flipped on a disk would
+    # become another weight, and nobody would notice.
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
+    # weights_only: a file from elsewhere may hold data, but cannot run code.
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def load_checkpoint(path, command, keys=("arch", "ema")):
     """Read a checkpoint and return its dict, on the CPU.
 
@@ -2218,13 +2234,13 @@ def load_checkpoint(path, command, keys=("arch", "ema")):
     if not Path(path).is_file():
         exit_with_error(f"{path} not found; make it with: {command}")
     try:
-        # weights_only: a file from elsewhere may hold data, but cannot run code.
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        missing = [key for key in keys if key not in content]
+        content = read_torch_file(path)
     except Exception as error:  # cut off, another format: many exception types, one remedy
         exit_with_error(
             f"{path} is damaged ({type(error).__name__}); make it again with: {command}"
         )
+    known = content if isinstance(content, dict) else {}
+    missing = [key for key in keys if key not in known]
     if missing:
         exit_with_error(
             f"{path} is no checkpoint of this project (no '{missing[0]}' in it); "
@@ -2233,22 +2249,59 @@ def load_checkpoint(path, command, keys=("arch", "ema")):
     return content
 
 
-def load_net(path, command, device="cpu"):
+def load_net(path, command, device="cpu", shape=None):
     """Load the averaged network of a checkpoint, built as is stored in it, in eval mode.
 
-    command is the command that makes the file, for error messages; see load_checkpoint.
+    command  the command that makes the file, for error messages; see load_checkpoint
+    shape    (C, H, W) of the images that the network is for; None: it is not checked
     """
     content = load_checkpoint(path, command)
+    net = build_network(UNet, content["arch"], content["ema"], path, command)
+    if shape is not None:
+        refuse_other_shape(path, command, content, tuple(shape))
+    return net.to(device).eval()
+
+
+def build_network(kind, arch, weights, path, command):
+    """Build a UNet or a Judge (`kind`) with the weights that a checkpoint holds.
+
+    Exits with one line that names the file and `command`, which makes it, if they do not fit.
+    """
     try:
-        net = UNet(**content["arch"])
-        net.load_state_dict(content["ema"])
-    except (RuntimeError, TypeError) as error:
+        net = kind(**arch)
+        net.load_state_dict(weights)
+    except Exception as error:  # what is no arch, or no weights, raises half a dozen types
         reason = str(error).splitlines()[0]
         exit_with_error(
             f"{path} does not fit this version of common.py ({reason}); "
             f"make it again with: {command}"
         )
-    return net.to(device).eval()
+    return net
+
+
+def refuse_other_shape(path, command, content, shape):
+    """Exit with one line if the UNet of a checkpoint was not made for images of this shape.
+
+    content  the checkpoint's dict
+    shape    (C, H, W)
+    """
+    arch = content["arch"]
+    channels, height, width = shape
+    # Each resolution halves the one before, and there must be no half pixels.
+    divisor = arch["patch"] * 2 ** (len(arch["mult"]) - 1)
+    takes_size = height % divisor == 0 and width % divisor == 0
+    # Any size that can be halved passes through a UNet. So 02 writes down what it was trained on.
+    trained_on = tuple(content.get("shape", shape))
+    if arch["channels"] == channels and takes_size and trained_on == shape:
+        return
+    if "shape" in content:
+        made_for = f"images of {trained_on}"
+    else:
+        made_for = f"{arch['channels']} channels and sides that {divisor} divides"
+    exit_with_error(
+        f"{path} was made for {made_for}, not for images of {shape}; "
+        f"make it again for these with: {command}"
+    )
 
 
 def find_base(out, dataset):
@@ -2280,7 +2333,10 @@ def find_runs(folder, command):
     for path in sorted(Path(folder).glob("*/model.pt")):
         if path.parent.name.startswith("."):  # fresh_folder hides a run that is not finished
             continue
-        runs[path] = load_checkpoint(path, command, ("arch", "ema", "args"))["args"]
+        args = load_checkpoint(path, command, ("arch", "ema", "args"))["args"]
+        if not isinstance(args, dict) or "method" not in args:
+            exit_with_error(f"{path} does not say by which method; make it again with: {command}")
+        runs[path] = args
     return runs
 
 
@@ -2439,18 +2495,35 @@ def load_judge(args, data, forget=()):
         path = judge_path(args, forget)  # a new judge goes to out/ and wins over the shipped one
         checkpoint = load_checkpoint(path, command, keys)
 
+    # The half precision of the file becomes float32 again: the values are copied into the judge.
+    judge = build_network(Judge, checkpoint["arch"], checkpoint["model"], path, command)
+    refuse_other_judge(path, command, checkpoint, data)
+    return judge.to(args.device).eval()
+
+
+def refuse_other_judge(path, command, checkpoint, data):
+    """Exit with one line if a judge knows other classes than those of a Dataset, or other images.
+
+    checkpoint  the dict of its file, from which `path` and `command` are named
+    """
+    num_channels = data.images.shape[1]
+    arch = checkpoint["arch"]
+    if arch["channels"] != num_channels or arch["classes"] != len(data.classes):
+        exit_with_error(
+            f"{path} judges images of {arch['channels']} channels and {arch['classes']} classes, "
+            f"not of {num_channels} and {len(data.classes)}; make another with: {command}"
+        )
+    known_classes = checkpoint.get("classes")
     # The judge that is shipped for MNIST was saved without a list of classes.
-    known_classes = checkpoint.get("classes", data.classes)
+    if known_classes is None and path.parent == HERE / "data":
+        return
+    if known_classes is None:
+        exit_with_error(f"{path} does not say which classes; make it again with: {command}")
     if known_classes != data.classes:
         exit_with_error(
-            f"{path} knows other classes ({', '.join(known_classes)}); "
+            f"{path} knows other classes ({', '.join(map(str, known_classes))}); "
             "another folder of pictures needs another --out"
         )
-
-    judge = Judge(**checkpoint["arch"])
-    # The half precision of the file becomes float32 again: the values are copied into the judge.
-    judge.load_state_dict(checkpoint["model"])
-    return judge.to(args.device).eval()
 
 
 # ==================================================================================================

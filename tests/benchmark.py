@@ -142,6 +142,14 @@ def write_json(path, content):
     print(f"wrote {path}", flush=True)
 
 
+def read_kept_images(path):
+    """Return the images that were kept in a file, or None if it is absent or damaged."""
+    try:
+        return common.read_torch_file(path)["images"]
+    except Exception:  # many exception types, one remedy: they are drawn again
+        return None
+
+
 # ---- likelihood: the recipe of score_sde ---------------------------------------------------------
 
 
@@ -339,20 +347,22 @@ def draw(args, net, name, sampler, seed, shape, chunk_size=125):
         """Images k * chunk_size to (k + 1) * chunk_size, drawn now or in an earlier run."""
         size = min(chunk_size, args.n - k * chunk_size)
         path = folder / f"{name}-steps{args.pc_steps}-seed{seed}-chunk{k}-of{size}.pt"
-        if not path.exists():
+        images = read_kept_images(path)
+        if images is None:
             start = time.time()
             noise = common.randn((size, *shape), common.rng(seed, k), args.device)
             x = sampler.run(net, noise, common.rng(seed, k, 1))
             # Not common.save_checkpoint: that writes in the first process only.
             tmp = path.with_suffix(".tmp")
-            torch.save({"images": common.to_bytes(x.cpu())}, tmp)
+            images = common.to_bytes(x.cpu())
+            torch.save({"images": images}, tmp)
             os.replace(tmp, path)
             # Only the first process's lines are seen.
             print(
                 f"{name}, seed {seed}: chunk {k + 1} of {num_chunks}, {time.time() - start:.0f} s",
                 flush=True,
             )
-        return common.load_checkpoint(path, SAMPLERS_COMMAND, ("images",))["images"]
+        return images
 
     return torch.cat(common.share_work(draw_chunk, range(num_chunks)))
 
@@ -573,10 +583,10 @@ def benchmark_training(args, arch, images):
 # ---- the story -----------------------------------------------------------------------------------
 
 
-def load_base(args):
-    """Load the Standard model, which is measured and not trained here."""
+def load_base(args, shape):
+    """Load the Standard model, which is measured and not trained here, for images (C, H, W)."""
     path, command = common.find_base(args.out, args.dataset)
-    return common.load_net(path, command, args.device).requires_grad_(False)
+    return common.load_net(path, command, args.device, shape).requires_grad_(False)
 
 
 def main(argv=None):
@@ -585,7 +595,7 @@ def main(argv=None):
     train, test = common.load_train_and_test(args.dataset, args.data_dir)
 
     if args.samplers:
-        net = load_base(args)
+        net = load_base(args, train.images.shape[1:])
         if args.device == "cpu" or args.compile:  # on CUDA channels-last pays only when compiled
             net = net.to(memory_format=torch.channels_last)
         if args.compile:
@@ -594,7 +604,7 @@ def main(argv=None):
 
     if args.json:
         # Loaded anew, because here the weights have to be contiguous, as in 02 and 03.
-        net = load_base(args)
+        net = load_base(args, train.images.shape[1:])
         # The sampler first: it ends the run at once when it has no table to read.
         result = benchmark_sampler(args, net, train.images.shape[1:])
         result |= benchmark_likelihood(args, net, test.images)

@@ -55,7 +55,7 @@ import torch
 
 # Python looks for modules beside this file, where benchmark.py is; common.py is one folder higher.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmark import weights_digest, write_json
+from benchmark import read_kept_images, weights_digest, write_json
 
 import common
 
@@ -272,12 +272,14 @@ def save_time():
             return draw(net, n, shape, sde, seed, nfe, **more)
         name = f"before-{weights_digest(net)}-{type(sde).__name__}-{n}-{seed}-{nfe}.pt"
         path = PLACES.runs / name
-        if not path.exists():
-            common.save_checkpoint(path, images=draw(net, n, shape, sde, seed, nfe, **more))
-        return torch.load(path, weights_only=True)["images"]
+        images = read_kept_images(path)
+        if images is None:
+            images = draw(net, n, shape, sde, seed, nfe, **more)
+            common.save_checkpoint(path, images=images)
+        return images
 
-    def load_net_channels_last(*args):
-        return load_net(*args).to(memory_format=torch.channels_last)
+    def load_net_channels_last(*args, **more):
+        return load_net(*args, **more).to(memory_format=torch.channels_last)
 
     common.sample_images = sample_images
     common.load_net = load_net_channels_last

@@ -168,8 +168,8 @@ HYPER_PARAMETERS = {
         *("n", "nfe", "seed", "grad_accum", "compile", "quick"),
     ),
 }
-# 03 leaves this argument None when it is not given, and reads None as:
-READ_NONE_AS = {"ort": "elementwise"}
+# 03 leaves this argument None when it is not given, and takes None for the value here.
+MEANING_OF_NONE = {"ort": "elementwise"}
 SCRIPTS = {"02": "02_train_sde.py", "03": "03_unlearn.py"}
 
 
@@ -204,7 +204,7 @@ def spell_out(argv, number="03"):
             continue
         value = getattr(args, name)
         if value is None:
-            value = READ_NONE_AS.get(name)
+            value = MEANING_OF_NONE.get(name)
         flags += as_flags(name, value)
     return flags
 

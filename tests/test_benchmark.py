@@ -106,64 +106,55 @@ def run(benchmark, *argv):
     return 0
 
 
-@pytest.fixture(scope="module")
-def finished(benchmark, tmp_path_factory):
-    """Both commands, run once: the flags they share, the table of samplers, the report."""
-    folder = tmp_path_factory.mktemp("benchmark")
-    table = folder / "samplers.json"
-    report = folder / "speed.json"
-    argv = ("--quick", "--samplers-file", table, "--out", folder / "out")
+def test_both_commands(benchmark, tmp_path, monkeypatch):
+    """--samplers keeps what it has drawn, --json reads its table and writes every key.
+
+    One test, because a fixture of this length would run once in each process of pytest -n.
+    """
+    table = tmp_path / "samplers.json"
+    report = tmp_path / "speed.json"
+    argv = ("--quick", "--samplers-file", table, "--out", tmp_path / "out")
     assert run(benchmark, *argv, "--samplers", "--json", report) == 0
-    return argparse.Namespace(
-        argv=argv,
-        table=table,
-        samplers=json.loads(table.read_text()),
-        report=json.loads(report.read_text()),
-    )
+    content = json.loads(table.read_text())
+    check_samplers_file(content)
+    check_report(json.loads(report.read_text()), content)
 
-
-def test_samplers_writes_a_table(finished):
-    assert finished.samplers["n"] == 20
-    assert finished.samplers["chosen"] in finished.samplers["samplers"]
-    for name, row in finished.samplers["samplers"].items():
-        assert len(row["fd"]) == 2, name
-
-
-@pytest.mark.parametrize("key", KEYS)
-def test_json_writes_every_key(finished, key):
-    assert finished.report[key] > 0
-
-
-def test_json_reads_the_table_of_samplers(finished):
-    assert finished.report["sampler_n"] == 20
-    assert finished.report["sampler"]["chosen"] == finished.samplers["chosen"]
-    fd_pc = finished.samplers["samplers"]["pc"]["fd"]
-    assert finished.report["sampler_fd_pc"] == pytest.approx(sum(fd_pc) / 2)
-
-
-def test_both_likelihoods_agree(finished):
-    assert finished.report["likelihood_abs_diff"] < 0.05
-
-
-def test_the_training_step_is_not_faster_than_a_matrix_product(finished):
-    """At most 1 on a quiet machine; another test may run while the matrix product is timed."""
-    assert finished.report["gemm_share"] < 4
-
-
-def test_finished_samples_are_not_drawn_again(benchmark, finished, monkeypatch):
     for name in ("dpmpp_sample", "pc_sample", "ode_sample"):
-        monkeypatch.setattr(common, name, None)
-    assert run(benchmark, *finished.argv, "--samplers") == 0
+        monkeypatch.setattr(common, name, None)  # what is there is not drawn again
+    assert run(benchmark, *argv, "--samplers") == 0
+    check_same_samplers(json.loads(table.read_text()), content)
 
-    again = json.loads(finished.table.read_text())
-    for name, row in finished.samplers["samplers"].items():
-        # Not ==: the covariance of 20 images is singular. An eigenvalue of 1e-16 or 2e-16, as the
-        # place in memory has it, enters FD by its root.
+
+def check_samplers_file(content):
+    assert content["n"] == 20
+    assert content["chosen"] in content["samplers"]
+    for name, row in content["samplers"].items():
+        assert len(row["fd"]) == 2, f"{name} needs one FD a seed"
+
+
+def check_report(result, content):
+    """The report of --json; `content` is the table of samplers that it has read."""
+    for key in KEYS:
+        assert result[key] > 0, key
+    assert result["sampler_n"] == 20
+    assert result["sampler"]["chosen"] == content["chosen"]
+    fd_pc = content["samplers"]["pc"]["fd"]
+    assert result["sampler_fd_pc"] == pytest.approx(sum(fd_pc) / 2)
+    assert result["likelihood_abs_diff"] < 0.05, "the two likelihoods do not agree"
+    # 1 at most on a quiet machine; here another test may run while the matrix product is timed.
+    assert result["gemm_share"] < 4
+
+
+def check_same_samplers(again, content):
+    """A second run has to give the same table."""
+    for name, row in content["samplers"].items():
+        # Not ==: the covariance of 20 images is singular, and a rounding error of 1e-15 in its zero
+        # eigenvalues enters FD by its root.
         assert again["samplers"][name]["fd"] == pytest.approx(row["fd"], rel=1e-6), name
         assert again["samplers"][name]["nfe"] == row["nfe"], name
-    assert again["real"] == pytest.approx(finished.samplers["real"], rel=1e-6)
+    assert again["real"] == pytest.approx(content["real"], rel=1e-6)
     for key in ("n", "pc_steps", "chosen", "reaches_pc"):
-        assert again[key] == finished.samplers[key], key
+        assert again[key] == content[key], key
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 import math
 import sys
 import types
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -413,7 +414,7 @@ def add_run(out, name="obt-rel-vp", method="obt-rel", noise=0.02):
 class Finished(NamedTuple):
     """A run of the script, with the folder that it was given as --out."""
 
-    out: object
+    out: Path
     run: Run
 
 
@@ -501,7 +502,7 @@ def test_fd_is_measured_on_d_g_alone(rows):
 class Reconstructed(NamedTuple):
     """A run of the second task in a folder where the first had been done."""
 
-    out: object
+    out: Path
     picture_before: bytes  # the first task's, before the second
 
 
@@ -595,7 +596,7 @@ RECONSTRUCT = [
 ]
 
 
-@pytest.mark.parametrize("flags", INPAINT)
+@pytest.mark.parametrize("flags", INPAINT, ids=lambda flags: flags or "defaults")
 def test_no_flag_of_inpainting_is_ignored(measures_of_standard, flags):
     """Each changes Standard's measures, and no two alike."""
     for others in INPAINT:

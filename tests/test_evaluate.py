@@ -6,6 +6,7 @@ import math
 import shutil
 import sys
 import types
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -506,7 +507,7 @@ def test_no_flag_is_ignored(script, copy, flags, changes_likelihood):
 class Interrupted(NamedTuple):
     """An evaluation that was stopped in the likelihood of its second model, out of three."""
 
-    out: object  # its --out
+    out: Path  # its --out
     run: Run
     before: dict  # {name: content} of the older results
 

@@ -493,7 +493,9 @@ def measure_base(args):
     is the best that a model can hope for at this n.
     """
     path, command = common.find_base(args.out, args.dataset)  # command: what makes it, for an error
-    train_set, test_set = common.load_train_and_test(args.dataset, args.data_dir, args.without)
+    train_set, test_set = common.load_train_and_test(
+        args.dataset, args.data_dir, args.without, common.cache_folders(args)
+    )
     shape = train_set.images.shape[1:]
     net = common.load_net(path, command, args.device, shape)
     judge = common.load_judge(args, train_set, args.without or ())
@@ -533,7 +535,9 @@ def main(argv=None):
     print("args:", json.dumps(vars(args)))
 
     # ---- data: one tensor of bytes, on the GPU if there is one
-    train_set, test_set = common.load_train_and_test(args.dataset, args.data_dir, args.without)
+    train_set, test_set = common.load_train_and_test(
+        args.dataset, args.data_dir, args.without, common.cache_folders(args)
+    )
     data = split_data(args, train_set, test_set)
     if args.without:
         # The checkpoint holds args. With these two it says what one of 03 says, and 04 can read it.

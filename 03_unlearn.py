@@ -857,7 +857,9 @@ def main(argv=None):
     start = time.time()
 
     # ---- data: D_g to keep and D_f to forget, as indices into one tensor of bytes  # <-- 03
-    train_set, test_set = common.load_train_and_test(args.dataset, args.data_dir, args.forget)
+    train_set, test_set = common.load_train_and_test(
+        args.dataset, args.data_dir, args.forget, common.cache_folders(args)
+    )
     data = split_data(args, train_set, test_set)
     set_alpha(args, data)  # <-- 03
 

@@ -169,7 +169,7 @@ def draw_nll_images(images, args):
 
     Call this before any network is built. Dequantising draws noise from the global generator, which
     `arguments` has just seeded, and a new network draws its weights from there too. A likelihood is
-    found in kept/ by its seed, so the same seed must always mean the same images.
+    found in kept/ by its images, so the same seed must always mean the same images.
     """
     # As many of D_g as of D_f, so that both means are known equally well.
     n = min(args.n_nll, len(images.test_g), len(images.test_f))
@@ -347,6 +347,7 @@ def sample(setup, model, name="samples", tune=None, **more_key):
     judge's Verdict on them.
     """
     args = setup.args
+    batch = 50 if args.quick else 250
 
     def compute(label):
         net = model.net
@@ -360,7 +361,7 @@ def sample(setup, model, name="samples", tune=None, **more_key):
             setup.sde,
             args.seed,
             args.nfe,
-            batch=50 if args.quick else 250,
+            batch=batch,
             device=args.device,
             label=label,
         )
@@ -373,6 +374,10 @@ def sample(setup, model, name="samples", tune=None, **more_key):
         "n": args.n,
         "nfe": args.nfe,
         "seed": args.seed,
+        # A batch has its own noise: with other batches, as under --quick, image i is another one.
+        "batch": batch,
+        "shape": list(setup.real_images.shape[1:]),
+        "device": torch.device(args.device).type,
         **more_key,
     }
     drawn = cached(setup, f"{model.name}.{name}", key, args.n * args.nfe, compute)
@@ -474,11 +479,21 @@ def fid(fake, real, args, cache):
         cuda=args.device != "cpu",
         verbose=False,
         cache_root=str(cache),
-        # The number is part of the name: otherwise a full run would find the few of a --quick run.
-        input2_cache_name=f"real-{len(real)}",
+        input2_cache_name=f"real-{real_key(real, args.inception_weights)}",
         feature_extractor_weights_path=args.inception_weights,
     )
     return result["frechet_inception_distance"]
+
+
+def real_key(real, inception_weights):
+    """Return a name for the features of real images: of which images, by which weights.
+
+    inception_weights  path of the file of weights, or None for the one that is downloaded
+    """
+    weights = "published"
+    if inception_weights:
+        weights = hashlib.sha256(Path(inception_weights).read_bytes()).hexdigest()[:16]
+    return f"{common.fingerprint(real)}-{weights}"
 
 
 # ---- likelihood ----------------------------------------------------------------------------------
@@ -542,16 +557,18 @@ def likelihoods(setup, model, x, cost):
     num_images = len(x) // 2
     dim = x[0].numel()
 
-    # n and seed say which images x holds, so the images themselves need not be in the key.
     key = {
         "weights": model.digest,
         "sde": args.sde,
         "nll": args.nll,
-        "n": len(x),
         "rk4": args.rk4,
         "levels": args.levels,
-        "seed": args.seed,
-        "data": str(args.data_dir),
+        "seed": args.seed,  # of the probes, and of the noise of the bound
+        # The images themselves: under one --data-dir the test set may be exchanged.
+        "images": common.fingerprint(x),
+        "batch": NLL_BATCH,
+        "check": NLL_CHECK,
+        "device": x.device.type,
     }
     nats = cached(
         setup, f"{model.name}.nll", key, cost, lambda label: nll_in_nats(setup, model.net, x, label)
@@ -692,10 +709,11 @@ def attack(setup, models, rows, standard, images_f):
     for model, row in zip(models[1:], rows[1:]):
         attacked.append({**row, "k": 0})
         for k in counts:
+            # The first k of one random order: the one image is among the 10, these among 100.
+            shown = common.random_subset(images_f, k, args.seed)
             tune = partial(
                 relearn,
-                # The first k of one random order: the one image is among the 10, these among 100.
-                images=common.random_subset(images_f, k, args.seed),
+                images=shown,
                 steps=args.steps,
                 batch=args.batch_size,
                 lr=args.lr,
@@ -707,6 +725,7 @@ def attack(setup, models, rows, standard, images_f):
                 f"relearn-{k}",
                 tune,
                 k=k,
+                shown=common.fingerprint(shown),
                 steps=args.steps,
                 batch_size=args.batch_size,
                 lr=args.lr,
@@ -953,7 +972,9 @@ def main(argv=None):
     args = arguments(argv)
 
     # ---- data
-    train, test = common.load_train_and_test(args.dataset, args.data_dir, args.forget)
+    train, test = common.load_train_and_test(
+        args.dataset, args.data_dir, args.forget, common.cache_folders(args)
+    )
     images, forget = split_images(train, test, args)
     nll_images = draw_nll_images(images, args)  # before the models, which draw random numbers too
 

@@ -806,7 +806,9 @@ def main(argv=None):
     start = time.time()
 
     # ---- data: n test images of D_f, then n of D_g
-    train, test = common.load_train_and_test(args.dataset, args.data_dir, args.forget)
+    train, test = common.load_train_and_test(
+        args.dataset, args.data_dir, args.forget, common.cache_folders(args)
+    )
     is_forgotten, forget = common.split_forget(test, args.forget)
     height, width = test.images.shape[2:]
     hidden = torch.ones(1, height, width, dtype=torch.bool)

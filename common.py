@@ -7,7 +7,7 @@ network, so each can be lifted into another project together with the few names 
 Contents
 
     The science
-     0  Notation               expand_like, flat_mean, rng, randn
+     0  Notation               expand_like, flat_mean, rng, randn, finest_type
      1  SDEs                   VE, VP, SubVP, DDPM              x_t = s(t) x0 + std(t) z
      2  The circle             predict, score_fn                one network for every SDE
      3  Networks               UNet, describe_network; ExactNet, GaussianMixture (no training)
@@ -55,7 +55,9 @@ import argparse
 import atexit
 import contextlib
 import copy
+import errno
 import gzip
+import hashlib
 import math
 import os
 import shutil
@@ -107,6 +109,11 @@ def rng(*keys):
     """
     state = np.random.SeedSequence(keys).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> 1))  # torch takes 63 bits and no sign
+
+
+def finest_type(device):
+    """Return the most precise type of real numbers that a device has: mps has no float64."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
 def randn(shape, generator, device="cpu"):
@@ -313,7 +320,8 @@ class DDPM(SDE):
     def log_s_at(self, t):
         """Look up ln s (B,) at the level k that is nearest to t (B,), in the precision of t."""
         level = (t * self.steps).round().long()
-        return self.log_s.to(t.device)[level].to(t.dtype)
+        # First the type, then the device: mps has no float64.
+        return self.log_s.to(t.dtype).to(t.device)[level]
 
     def s(self, t):
         """What is left of the signal."""
@@ -329,9 +337,10 @@ class DDPM(SDE):
 
     def time_of(self, sigma):
         """The time of the level whose noise is nearest to sigma (B,)."""
-        log_s = -0.5 * torch.log1p(sigma.double() ** 2)  # s^2 = 1/(1 + sigma^2)
+        finest = finest_type(sigma.device)
+        log_s = -0.5 * torch.log1p(sigma.to(finest) ** 2)  # s^2 = 1/(1 + sigma^2)
         # (B, 1) against (steps + 1,) -> (B, steps + 1)
-        distance = (self.log_s.to(sigma.device) - log_s[..., None]).abs()
+        distance = (self.log_s.to(finest).to(sigma.device) - log_s[..., None]).abs()
         level = distance.argmin(-1).clamp(min=1)  # level 0 has no noise, and a score needs some
         return (level / self.steps).to(sigma.dtype)
 
@@ -1581,13 +1590,15 @@ def recipe(name):
     return RECIPES[name]
 
 
-def load_dataset(name, data_dir=None, train=True, forget=None):
+def load_dataset(name, data_dir=None, train=True, forget=None, caches=None):
     """Read one part of a data set and return it as a Dataset.
 
     name      a key of RECIPES
     data_dir  folder that holds the files, or to download them into; None: data/ of this repository
     train     True for the training part, False for the test part
     forget    names of the attributes of celeba that become classes; other data sets ignore it
+    caches    folders for decoded pictures, the first that can be written to is taken, see
+              cache_folders; None: data_dir
 
     mnist is read from mnist.npz (in the layout of Keras) in data_dir. fashion_mnist is read from
     its four idx files, plain or .gz, if they lie in data_dir. All else comes through torchvision,
@@ -1596,7 +1607,8 @@ def load_dataset(name, data_dir=None, train=True, forget=None):
     celeba has 40 yes/no attributes and no classes. Those in `forget`, such as "bangs" or
     "not_smiling", become classes, and the rest is the class "other".
 
-    Exits with one line for an unknown name and for a file that is missing or damaged.
+    Exits with one line for an unknown name, and for a file that is missing, damaged or not what it
+    should be, see check_dataset.
     """
     recipe(name)  # an unknown name ends here
     if name == "folder" and not data_dir:
@@ -1607,39 +1619,120 @@ def load_dataset(name, data_dir=None, train=True, forget=None):
 
     root = Path(data_dir or HERE / "data")
     try:
-        images, labels, classes = _read_files(name, root, train)
+        images, labels, classes = _read_files(name, root, train, caches or [root])
+        if name == "celeba":
+            labels, classes = _attribute_classes(labels, classes, forget or [])
+        part = "training" if train else "test"
+        check_dataset(images, labels, classes, f"the {part} part", RECIPES[name])
     except FileNotFoundError as error:
         remedy = "check --data-dir"
         if name == "mnist":  # the only data set that is part of the repository
             remedy = "restore it with: git checkout data/mnist.npz (or drop --data-dir)"
         exit_with_error(f"{error.filename or error} not found; {remedy}")
     except PermissionError as error:
-        exit_with_error(
-            f"{root} cannot be written to ({error}): pictures are decoded once, beside the data; "
-            "name another folder with --data-dir"
-        )
+        exit_with_error(f"{root} cannot be read ({error}); check --data-dir and its permissions")
     except Exception as error:  # what is broken raises half a dozen different types
-        remedy = f"fetch them again, or delete {root}/{name}-*.np? if these are broken"
-        if name == "mnist":
-            remedy = "git checkout data/mnist.npz"
-        exit_with_error(
-            f"{root}: the files of {name} cannot be read ({error}); mend them: {remedy}"
+        reason = " ".join(str(error).split()) or type(error).__name__  # one line, whatever it says
+        exit_with_error(f"{root}: the files of {name} cannot be used ({reason}); {_remedy(name)}")
+
+    # int64, because PyTorch reads an index of uint8, as in mnist.npz, as a mask.
+    return Dataset(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)), classes)
+
+
+def _remedy(name):
+    """Return what a user can do about unusable files of a data set."""
+    if name == "mnist":
+        return "mend them: git checkout data/mnist.npz, or drop --data-dir"
+    if name == "folder":
+        return "mend the pictures, or name another folder with --data-dir"
+    return "mend them: fetch them again"
+
+
+def check_dataset(images, labels, classes, where, recipe):
+    """Raise ValueError if one part of a data set is not what the programs take it for.
+
+    images   array that should be (N, C, H, W) uint8, with C, H and W as in the recipe
+    labels   array that should be (N,) whole numbers from 0 to K - 1, the places in `classes`
+    classes  the K names
+    where    what to call this part, for the message
+    recipe   row of RECIPES
+
+    Every reader passes through here. What is wrong would otherwise train all the same: images from
+    0 to 1 are black, and a label too many is drawn by nobody.
+    """
+    if images.dtype != np.uint8:
+        raise ValueError(f"{where} has images of {images.dtype}, not bytes (uint8) from 0 to 255")
+    _check_shape(images, where, recipe)
+    if len(images) == 0:
+        raise ValueError(f"{where} has no images")
+    if images.max() == 1:
+        raise ValueError(f"{where} has images of 0 and 1, not bytes from 0 to 255")
+    if labels.shape != (len(images),):
+        raise ValueError(
+            f"{where} has {len(images)} images and labels of shape {labels.shape}, not one for each"
+        )
+    if labels.dtype.kind not in "iu":
+        raise ValueError(f"{where} has labels of {labels.dtype}, not whole numbers")
+    lowest = int(labels.min())
+    highest = int(labels.max())
+    if lowest < 0 or highest >= len(classes):
+        raise ValueError(
+            f"{where} has labels from {lowest} to {highest}, not from 0 to {len(classes) - 1}"
         )
 
-    if name == "celeba":
-        labels, classes = _attribute_classes(labels, classes, forget or [])
-    # int64, because PyTorch reads an index of uint8, as in mnist.npz, as a mask.
-    return Dataset(torch.from_numpy(images), torch.from_numpy(labels).long(), classes)
+
+def _check_shape(images, where, recipe):
+    """Raise ValueError if images are not (N, C, H, W) with the channels and sides of a recipe."""
+    channels = recipe["net"]["channels"]
+    sides = (recipe["size"],)
+    if recipe["size"] is None:  # one's own pictures
+        sides = (32, 64)
+    wanted = [(channels, side, side) for side in sides]
+    if images.shape[1:] not in wanted:
+        names = " or ".join(map(str, wanted))
+        raise ValueError(f"{where} has images of shape {images.shape[1:]}, not {names}")
 
 
-def load_train_and_test(name, data_dir=None, forget=None):
-    """Read both parts of a data set: (train, test), two Datasets. See load_dataset."""
-    train = load_dataset(name, data_dir, True, forget)
-    test = load_dataset(name, data_dir, False, forget)
+def load_train_and_test(name, data_dir=None, forget=None, caches=None):
+    """Read both parts of a data set: (train, test), two Datasets. See load_dataset.
+
+    Exits with one line if there are too few images for what is to be forgotten or left out.
+    """
+    train = load_dataset(name, data_dir, True, forget, caches)
+    test = load_dataset(name, data_dir, False, forget, caches)
+    refuse_too_few(name, train, test, forget or [])
     return train, test
 
 
-def _read_files(name, root, train):
+def refuse_too_few(name, train, test, forget):
+    """Exit with one line that says which class lacks what, before anything is trained.
+
+    forget  names of the classes that are forgotten or left out; unknown ones do not count here
+
+    A class of `forget` has to have one image in each part. What is kept needs two in each, because
+    a Frechet distance of one image does not exist. Without `forget` one test image is enough.
+    """
+    forget = [class_name for class_name in train.classes if class_name in forget]
+    is_kept = [class_name not in forget for class_name in train.classes]
+    lacks = []
+    for part, data, num_needed in (("training", train, 2), ("test", test, 2 if forget else 1)):
+        counts = torch.bincount(data.labels, minlength=len(data.classes))
+        for class_name in forget:
+            if counts[data.classes.index(class_name)] == 0:
+                lacks.append(f"class '{class_name}' has no {part} image (1 is needed)")
+        num_kept = int(counts[torch.tensor(is_kept)].sum())
+        # Nothing at all is kept when all classes are named. split_forget says that better.
+        if num_kept < num_needed and any(is_kept):
+            what = "the classes to keep have" if forget else "all classes have"
+            lacks.append(f"{what} {num_kept} {part} images ({num_needed} are needed)")
+    if lacks:
+        hint = ""
+        if name == "folder":
+            hint = "; every tenth picture of a class is a test picture, so a class needs 10"
+        exit_with_error(f"too few images: {', '.join(lacks)}{hint}")
+
+
+def _read_files(name, root, train, caches):
     """Read one part in its own format: images (N, C, H, W), labels (N,), names of the classes.
 
     The labels of celeba are its table of attributes (N, 40), and the names are theirs. Raises many
@@ -1649,7 +1742,7 @@ def _read_files(name, root, train):
         return _read_mnist(root, train)
     if name == "fashion_mnist" and any(root.glob("*-idx[13]-ubyte*")):
         return _read_fashion_mnist(root, train)
-    return _read_pictures(name, root, train)
+    return _read_pictures(name, root, train, caches)
 
 
 def _read_mnist(root, train):
@@ -1683,6 +1776,8 @@ def _read_idx(root, name):
     if path.suffix == ".gz":
         content = gzip.decompress(content)
 
+    if content[:3] != b"\0\0\x08":
+        raise ValueError(f"{path} is no idx file of bytes")
     num_dims = content[3]
     shape = np.frombuffer(content, ">i4", count=num_dims, offset=4)
     array = np.frombuffer(content, np.uint8, offset=4 + 4 * num_dims)
@@ -1690,49 +1785,190 @@ def _read_idx(root, name):
     return array.reshape(shape).copy()
 
 
-def _read_pictures(name, root, train):
+def _read_pictures(name, root, train, caches):
     """Read a data set of torchvision: images (N, C, H, W), labels (N,) or (N, 40), names.
 
-    Its pictures are decoded once, into <name>-<part>*.npy beside the data. They go one at a time
-    into a file that is mapped into memory. So there are never two copies of all images at a time,
-    and never a list of arrays.
+    Its pictures are decoded once, into <name>-<part>*.npy in one of the folders `caches`. They go
+    one at a time into a file that is mapped into memory. So there are never two copies of all
+    images at a time, and never a list of arrays.
     """
-    cache = _cache_path(name, root, train)
-    if not cache.exists() and is_first_process():
+    source_key = _source_key(name, root)
+    files = [_cache_path(name, root, folder, train) for folder in caches]
+    found = _first_cached(files, source_key)
+    if found is None and is_first_process():
         source = _open_or_download(name, root, train)
+        # A download has just changed what is there.
+        source_key = _source_key(name, root)
         # An aligned face of CelebA fills the middle 140 of its 178x218 pixels.
         crop = 140 if name == "celeba" else None
-        _decode(source, cache, RECIPES[name]["size"], crop)
+        _decode_into_first(files, source, RECIPES[name]["size"], crop, source_key)
     wait_for_all_processes()  # the first has written what the others read
+    found = found or _first_cached(files, _source_key(name, root))
+    if found is None:
+        raise ValueError("pictures have changed while they were decoded; start again")
+    images, labels, classes = found
 
-    with np.load(cache.with_suffix(".npz")) as file:
-        labels = file["labels"]
-        classes = [str(class_name) for class_name in file["classes"]]
-    # "c" is copy on write: nothing that is written to the tensor reaches the file.
-    images = np.load(cache, mmap_mode="c")
-
-    if name == "folder":  # it has no test set: every tenth picture is put aside for it
-        is_test = np.arange(len(images)) % 10 == 9
-        is_wanted = is_test != train  # the test pictures if train is False, else the others
+    if name == "folder":  # it has no test set: every tenth picture of a class is put aside for it
+        is_wanted = np.zeros(len(images), bool)
+        for label in range(len(classes)):
+            place = np.flatnonzero(labels == label)
+            is_test = np.arange(len(place)) % 10 == 9
+            is_wanted[place] = is_test != train  # the test pictures if train is False
+        _refuse_empty_part(train, is_wanted, labels, classes)
         images = images[is_wanted]
         labels = labels[is_wanted]
     return images, labels, classes
 
 
-def _cache_path(name, root, train):
-    """Return the path of the file that the decoded pictures of one part are kept in."""
-    if name != "folder":
-        part = "train" if train else "test"
-        return root / f"{name}-{part}.npy"
+def _refuse_empty_part(train, is_wanted, labels, classes):
+    """Exit with one line if no class of one's own pictures has a picture for the test."""
+    if train or is_wanted.any():
+        return
+    counts = np.bincount(labels, minlength=len(classes))
+    # Ten classes are enough to see what is wrong.
+    lacks = [f"'{name}' has {count}" for name, count in zip(classes[:10], counts)]
+    exit_with_error(
+        "too few images: every tenth picture of a class is a test picture, so a class needs 10; "
+        + ", ".join(lacks)
+    )
 
-    # One's own pictures may change. A checksum of their names, sizes and dates gives changed ones
-    # another file.
-    files = []
-    for path in sorted(root.glob("*/*")):
+
+def cache_folders(args):
+    """Return where decoded pictures may be kept, for load_dataset: a list of folders.
+
+    args  of a script: data_dir, out and cache_dir are read
+
+    It is --cache-dir alone, or the data's own folder and then <out>/cache, for data on a disk that
+    can only be read.
+    """
+    if getattr(args, "cache_dir", None):
+        return [Path(args.cache_dir)]
+    return [Path(args.data_dir or HERE / "data"), Path(args.out) / "cache"]
+
+
+def _cache_path(name, root, folder, train):
+    """Return the path of the file in `folder` that the decoded pictures of one part are kept in."""
+    part = "train" if train else "test"
+    if name == "folder":
+        part = "all"
+    if folder.resolve() == root.resolve():
+        return folder / f"{name}-{part}.npy"
+    # One folder may serve data of several places.
+    place = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
+    return folder / f"{name}-{part}-{place}.npy"
+
+
+# Where the pictures of each data set lie below --data-dir; one's own are in any sub-folder.
+SOURCE_FOLDERS = {
+    "fashion_mnist": "FashionMNIST",
+    "cifar10": "cifar-10-batches-py",
+    "stl10": "stl10_binary",
+    "celeba": "celeba",
+    "imagenette": "imagenette2-160",
+    "folder": ".",
+}
+
+# What decoding does is a part of every key: change this when _as_seen or _decode changes.
+DECODER = "2"
+
+
+def _source_key(name, root):
+    """Return a key of all files that decoded pictures come from, at any depth.
+
+    It holds names, sizes and dates. It is empty if no file is there: whoever has deleted the
+    originals goes on with the decoded ones.
+    """
+    folder = root / SOURCE_FOLDERS[name]
+    digest = hashlib.sha256()
+    is_empty = True
+    for path in list_files(folder):
+        if name == "folder" and path.parent == folder:  # no class; our own files may lie there
+            continue
         status = path.stat()
-        files.append(f"{path}{status.st_size}{status.st_mtime_ns}")
-    checksum = zlib.crc32("".join(files).encode()) if files else ""
-    return root / f"{name}-all{checksum}.npy"
+        line = f"{path.relative_to(folder)}|{status.st_size}|{status.st_mtime_ns}\n"
+        digest.update(line.encode("utf-8", "surrogateescape"))
+        is_empty = False
+    return "" if is_empty else f"{DECODER}-{digest.hexdigest()}"
+
+
+def list_files(folder):
+    """Return the paths of all files in a folder and in its sub-folders, at any depth, sorted.
+
+    Hidden files and folders, and what macOS puts into its archives, are no one's pictures.
+    """
+    found = []
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        real = os.path.realpath(place)
+        if real in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [Path(place) / name for name in sorted(names) if not is_hidden(name)]
+    return found
+
+
+def is_hidden(name):
+    """Return whether a file or folder is one that a file manager does not show."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _first_cached(files, source_key):
+    """Return (images, labels, classes) of the first of these files that serves, or None.
+
+    A file serves if it is whole, and was made of what is there now; see _source_key.
+    """
+    for file in files:
+        try:
+            content = _read_cached(file, source_key)
+        except Exception:  # absent, cut off, of an older version: one remedy, decode again
+            continue
+        if content is not None:
+            return content
+    return None
+
+
+def _read_cached(file, source_key):
+    """Return (images, labels, classes) from a file of decoded pictures, or None if it is stale."""
+    with np.load(file.with_suffix(".npz")) as notes:
+        labels = notes["labels"]
+        classes = [str(class_name) for class_name in notes["classes"]]
+        made_of = str(notes["source"])
+        checksum = int(notes["checksum"])
+    if source_key and made_of != source_key:
+        return None
+    # "c" is copy on write: nothing that is written to the tensor reaches the file.
+    images = np.load(file, mmap_mode="c")
+    if len(images) != len(labels) or _checksum(images) != checksum:
+        return None
+    return images, labels, classes
+
+
+def _checksum(images):
+    """Return a checksum of images (N, ...), taken a piece at a time: they may be many."""
+    checksum = 0
+    for start in range(0, len(images), 1000):
+        checksum = zlib.crc32(np.ascontiguousarray(images[start : start + 1000]), checksum)
+    return checksum
+
+
+def _decode_into_first(files, source, size, crop, source_key):
+    """Decode into the first of these files whose folder can be written to; see _decode."""
+    for file in files:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            _decode(source, file, size, crop, source_key)
+            return
+        except OSError as error:
+            # A disk that can only be read, or a folder of somebody else. All other errors stay.
+            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+                raise
+    folders = ", ".join(str(file.parent) for file in files)
+    exit_with_error(
+        f"decoded pictures have to be kept, and nothing can be written to {folders}; "
+        "name another folder with --cache-dir"
+    )
 
 
 def _open_or_download(name, root, train):
@@ -1768,47 +2004,203 @@ def _open_torchvision(name, root, train, **options):
         return datasets.CelebA(root, part, **options)
     if name == "imagenette":
         return datasets.Imagenette(root, "train" if train else "val", "160px", **options)
-    return datasets.ImageFolder(root, **options)
+    return PictureFolder(root)
 
 
-def _decode(source, cache, size, crop):
+# What counts as a picture in a folder of one's own; the rest is left out, and counted.
+PICTURE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm"),
+)
+
+
+class PictureFolder:
+    """One's own pictures, a sub-folder for each class, as a data set of (PIL picture, label).
+
+    root  the folder. A class may have sub-folders again. Of a GIF or another file of several
+          pictures the first one counts. Hidden files and folders are left out
+
+    What is left out is counted and printed. Exits with one line if a class has no picture.
+    """
+
+    def __init__(self, root):
+        self.root = Path(root)
+        folders = [path for path in sorted(self.root.iterdir()) if path.is_dir()]
+        self.classes = [path.name for path in folders if not is_hidden(path.name)]
+        if not self.classes:
+            raise ValueError("there is no sub-folder; one for each class is needed")
+        self.samples = []  # pairs (path, label)
+        others = {}  # what is no picture: suffix -> how many
+        for label, name in enumerate(self.classes):
+            num_before = len(self.samples)
+            for path in list_files(self.root / name):
+                suffix = path.suffix.lower()
+                if suffix in PICTURE_SUFFIXES:
+                    self.samples.append((path, label))
+                else:
+                    others[suffix] = others.get(suffix, 0) + 1
+            if len(self.samples) == num_before:
+                raise ValueError(f"class '{name}' has no picture; it may be removed")
+        # A picture beside the folders of the classes belongs to no class.
+        loose = [path for path in self.root.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES]
+        self.report(others, len([path for path in loose if not is_hidden(path.name)]))
+
+    def report(self, others, num_loose):
+        """Print what is left out: {suffix: how many}, and how many pictures without a class."""
+        parts = [f"{count} of '{suffix}'" for suffix, count in sorted(others.items())]
+        if num_loose:
+            parts.append(f"{num_loose} pictures beside the folders of the classes")
+        if parts:
+            print(f"{self.root}: left out, as no pictures of a class: {', '.join(parts)}")
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, i):
+        from PIL import Image
+
+        path, label = self.samples[i]
+        with Image.open(path) as picture:
+            return _as_seen(picture), label
+
+
+def _as_seen(picture):
+    """Turn a PIL picture into one of 8-bit RGB, as a viewer shows it.
+
+    Upright, as the camera was held. What is transparent becomes white. 16 bits become 8, and
+    numbers of any range become 0 to 255.
+    """
+    from PIL import Image, ImageOps
+
+    # Loading comes first: for some formats the size or the transparency is known only then.
+    picture.load()
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith(("I", "F")):
+        return Image.fromarray(_to_range_of_bytes(np.asarray(picture))).convert("RGB")
+    has_alpha = picture.mode in ("LA", "PA", "RGBA", "RGBa")
+    if has_alpha or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    return picture.convert("RGB")
+
+
+def _to_range_of_bytes(values):
+    """Scale grey values (H, W) of 16 bits, 32 bits or real numbers to bytes.
+
+    Whole numbers have the range up to 65535, real ones up to 1 or 255 or 65535: the least of these
+    that holds them all. Beyond it their own largest value becomes white.
+    """
+    is_real = values.dtype.kind == "f"
+    values = np.nan_to_num(values.astype(np.float64))
+    highest = max(values.max(), 0)
+    limits = (1, 255, 65535) if is_real else (65535,)
+    limit = next((limit for limit in limits if highest <= limit), highest)
+    return (values.clip(0) * 255 / limit).round().astype(np.uint8)
+
+
+def _decode(source, cache, size, crop, source_key=""):
     """Decode all pictures of a torchvision data set into files.
 
-    source  data set of pairs (PIL picture, label)
-    cache   path of the .npy file for the images, uint8 (N, C, size, size); the labels and the names
-            of the classes go into the .npz file of the same name
-    size    pixels a side; None: 64 if the first picture has at least 64 a side, else 32
-    crop    pixels a side that are cut out of the middle before resizing; None: no cut
+    source      data set of pairs (PIL picture, label)
+    cache       path of the .npy file for the images, uint8 (N, C, size, size); the labels and the
+                names of the classes go into the .npz file of the same name
+    size        pixels a side; None: 64 if the first picture has at least 64 a side, else 32
+    crop        pixels a side that are cut out of the middle before resizing; None: no cut
+    source_key  what the files were decoded from, see _source_key
+
+    Raises ValueError, with their paths, if pictures cannot be read. Nothing half done is left.
     """
+    unfinished = cache.with_name(f"{cache.stem}.tmp{os.getpid()}.npy")
+    notes = cache.with_name(f"{cache.stem}.tmp{os.getpid()}.npz")
+    try:
+        labels, checksum = _decode_images(source, unfinished, size, crop)
+        np.savez(
+            notes,
+            labels=labels,
+            classes=np.array(_class_names(source)),
+            source=np.array(source_key),
+            checksum=np.array(checksum),
+        )
+        # The labels first: when the images appear, in one move, both files are whole.
+        os.replace(notes, cache.with_suffix(".npz"))
+        os.replace(unfinished, cache)
+    finally:
+        unfinished.unlink(missing_ok=True)
+        notes.unlink(missing_ok=True)
+
+
+def _decode_images(source, path, size, crop):
+    """Decode all pictures into one .npy file; return their labels and a checksum; see _decode."""
     from torchvision import transforms
 
     num_images = len(source)
-    first_picture, first_label = source[0]
     if size is None:
-        size = 64 if min(first_picture.size) >= 64 else 32
+        size = _side_of_first(source)
     # Resize makes the shorter side fit; the second crop makes a square of the rest.
     steps = [transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()]
     if crop is not None:
         steps.insert(0, transforms.CenterCrop(crop))
     to_tensor = transforms.Compose(steps)
 
-    unfinished = cache.with_name(f"{cache.stem}.tmp{os.getpid()}.npy")
-    shape = (num_images, *to_tensor(first_picture).shape)
-    images = np.lib.format.open_memmap(unfinished, "w+", np.uint8, shape)
-    labels = np.empty((num_images, *np.asarray(first_label).shape), np.int16)
+    images = None
+    labels = None
+    broken = []  # of pictures that cannot be read: path and reason
     for i in range(num_images):
-        picture, label = source[i]
-        images[i] = to_tensor(picture).numpy()
+        try:
+            picture, label = source[i]
+            pixels = to_tensor(picture).numpy()
+        except Exception as error:  # what is no picture, or half of one, raises half a dozen types
+            broken.append(f"{_picture_path(source, i)} ({type(error).__name__})")
+            continue
+        if images is None:
+            shape = (num_images, *pixels.shape)
+            images = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+            _reserve(path)
+            labels = np.empty((num_images, *np.asarray(label).shape), np.int16)
+        images[i] = pixels
         labels[i] = np.asarray(label)
         if i % 10000 == 9999:
             is_last_report = i + 10000 >= num_images
             end = "\n" if is_last_report else ""
             print(f"\rdecoding: {i + 1:,}/{num_images:,}", end=end, flush=True)
+    if broken:
+        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
+        raise ValueError(f"{len(broken)} unreadable: {', '.join(broken[:5])}{more}")
+    return labels, _checksum(images)
 
-    # The labels first. The file of the images appears last and in one move, so when it is there
-    # both files are whole.
-    np.savez(cache.with_suffix(".npz"), labels=labels, classes=np.array(_class_names(source)))
-    os.replace(unfinished, cache)
+
+def _reserve(path):
+    """Claim the space on the disk that a new file of pictures needs; raise OSError if it is full.
+
+    Such a file is mapped into memory. Without this a full disk would end the program by a signal
+    (SIGBUS), in the middle of the pictures and without a word.
+    """
+    if hasattr(os, "posix_fallocate"):  # Linux
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+
+
+def _side_of_first(source):
+    """Return the side for one's own pictures, 64 or 32 pixels, which the first readable decides."""
+    for i in range(len(source)):
+        try:
+            picture, _ = source[i]
+        except Exception:  # _decode_images names it
+            continue
+        return 64 if min(picture.size) >= 64 else 32
+    return 32
+
+
+def _picture_path(source, i):
+    """Return the path of a picture of a torchvision data set, or its number where it has none."""
+    if hasattr(source, "samples"):
+        return source.samples[i][0]
+    if hasattr(source, "_samples"):  # Imagenette
+        return source._samples[i][0]
+    if hasattr(source, "filename"):  # CelebA
+        return source.filename[i]
+    return f"picture {i}"
 
 
 def _class_names(source):
@@ -1819,7 +2211,7 @@ def _class_names(source):
             continue
         # Imagenette gives each class as a tuple of synonyms; the first one serves.
         names.append(name if isinstance(name, str) else name[0])
-    if hasattr(source, "samples"):  # ImageFolder: the name of one's own folder stays as it is
+    if hasattr(source, "samples"):  # PictureFolder: the name of one's own folder stays as it is
         return names
     # The other names must be easy to type after --forget and must fit into the name of a folder.
     return [name.lower().replace(" ", "_").replace("/", "-") for name in names]
@@ -1917,7 +2309,7 @@ def split_forget(data, names):
             "--forget: all classes; nothing would be left to keep (leave at least one out)"
         )
     if not is_forgotten.any():
-        exit_with_error("--forget: there is no image of that class")
+        exit_with_error(f"--forget: too few images: class '{names[0]}' has none (1 is needed)")
     return is_forgotten, forget
 
 
@@ -2355,6 +2747,19 @@ def run_name(method, sde, scratch, seed):
     return name
 
 
+def fingerprint(*tensors):
+    """Return a name for the content of tensors: other numbers, another name.
+
+    It belongs into the key of every result that is kept on disk and was computed from them.
+    """
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        array = np.ascontiguousarray(tensor.detach().cpu().numpy())
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        digest.update(array)
+    return digest.hexdigest()[:16]
+
+
 def make_folder(path):
     """Create a folder and return its Path; exit with one line that says why it cannot be."""
     try:
@@ -2419,6 +2824,8 @@ def judge_command(args, forget=()):
     argv = ["--dataset", args.dataset, "--judge", "--out", str(args.out)]
     if args.data_dir:
         argv += ["--data-dir", str(args.data_dir)]
+    if getattr(args, "cache_dir", None):
+        argv += ["--cache-dir", str(args.cache_dir)]
     if args.quick:
         argv += ["--quick"]
     if args.device:
@@ -2440,7 +2847,8 @@ def train_judge(args, forget=(), seed=0):
     too short for good verdicts. The file says so, and load_judge then takes it for --quick only.
     """
     path = make_folder(Path(args.out) / args.dataset) / _judge_file(args, forget)
-    train, test = load_train_and_test(args.dataset, args.data_dir, forget)
+    train, test = load_train_and_test(args.dataset, args.data_dir, forget, cache_folders(args))
+    refuse_unknown_to_judge(train)
     num_epochs = 8
     if args.quick:
         num_epochs = 1
@@ -2463,6 +2871,17 @@ def train_judge(args, forget=(), seed=0):
         accuracy=accuracy.item(),
     )
     print(f"test accuracy {100 * accuracy:.2f} % on {len(is_right)} images; wrote {path}")
+
+
+def refuse_unknown_to_judge(train):
+    """Exit with one line if a class of the training Dataset has no image for a judge to learn."""
+    counts = torch.bincount(train.labels, minlength=len(train.classes)).tolist()
+    empty = [name for name, count in zip(train.classes, counts) if count == 0]
+    if empty:
+        exit_with_error(
+            f"too few images: class '{empty[0]}' has no training image (1 is needed), "
+            "so a judge cannot learn it"
+        )
 
 
 def load_judge(args, data, forget=()):
@@ -2641,6 +3060,11 @@ def parser(doc, **defaults):
         "--data-dir",
         help="folder that holds the data set, or to download it into (default: data/)",
     )
+    p.add_argument(
+        "--cache-dir",
+        help="folder for decoded pictures (default: beside the data, or <out>/cache if that "
+        "cannot be written to)",
+    )
     p.add_argument("--steps", type=number(int, 1), help="training steps")
     p.add_argument(
         "--batch-size",
@@ -2764,16 +3188,71 @@ def check_device(args):
 
 
 def use_all_cores():
-    """Let PyTorch compute on all cores that this program may use, shared among its processes."""
+    """Let PyTorch compute on all cores that this program may use, shared among its processes.
+
+    OMP_NUM_THREADS says how many threads each process may have, as everywhere else. torchrun sets
+    it to 1 for several processes, unless it is set already.
+    """
+    _, num_processes = ranks()
+    # More threads than cores would slow all of them down.
+    limits = [allowed_cores() // num_processes]
+    # OpenMP also allows a list, for nested loops: the first one counts.
+    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if wanted.isdigit() and int(wanted) > 0:
+        limits.append(int(wanted))
+    torch.set_num_threads(max(1, min(limits)))
+
+
+def allowed_cores():
+    """Return how many cores this program may use: the least of all that is known about it."""
+    limits = [os.cpu_count() or 1]
     # A container or `taskset` may allow fewer cores than the machine has; cpu_count would give all
     # of them. sched_getaffinity exists on Linux only.
     if hasattr(os, "sched_getaffinity"):
-        num_cores = len(os.sched_getaffinity(0))
-    else:
-        num_cores = os.cpu_count() or 1
-    # More threads than cores would slow all of them down.
-    _, num_processes = ranks()
-    torch.set_num_threads(max(1, num_cores // num_processes))
+        limits.append(len(os.sched_getaffinity(0)))
+    if hasattr(os, "process_cpu_count"):  # Python 3.13: it knows PYTHON_CPU_COUNT
+        limits.append(os.process_cpu_count() or 1)
+    limits += cpu_quotas()
+    return max(1, min(limits))
+
+
+def cpu_quotas(root="/sys/fs/cgroup", own="/proc/self/cgroup"):
+    """Return the numbers of cores that Linux grants to the groups this program is in: a list.
+
+    Docker's --cpus, Kubernetes and batch systems set such a quota. All cores are visible all the
+    same, and threads beyond the quota would wait for each other.
+
+    root  folder of the groups
+    own   file that names the groups of this program, in lines such as 0::/user/job
+    """
+    folders = {Path(root), Path(root) / "cpu"}  # as a container sees its own group
+    try:
+        for line in Path(own).read_text().splitlines():
+            _, controllers, name = line.split(":", 2)
+            base = Path(root)
+            if controllers:  # version 1 has a tree for each controller
+                base = base / controllers
+            group = base / name.strip("/")
+            # The groups around it have quotas too.
+            folders.update([group, *group.parents[: len(Path(name).parts)]])
+    except (OSError, ValueError):  # no Linux, or no /proc
+        pass
+    quotas = [_read_quota(folder) for folder in folders]
+    return [quota for quota in quotas if quota is not None]
+
+
+def _read_quota(folder):
+    """Return the whole cores that a group's folder grants, at least 1; None if it says nothing."""
+    try:
+        if (folder / "cpu.max").exists():  # version 2: "150000 100000", or "max 100000"
+            quota, period = (folder / "cpu.max").read_text().split()
+        else:
+            quota = (folder / "cpu.cfs_quota_us").read_text()
+            period = (folder / "cpu.cfs_period_us").read_text()
+        cores = int(quota) / int(period)
+    except (OSError, ValueError, ZeroDivisionError):  # not there, or "max": no limit
+        return None
+    return max(1, int(cores)) if cores > 0 else None  # -1 stands for no limit in version 1
 
 
 def run(main):

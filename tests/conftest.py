@@ -88,7 +88,8 @@ def script():
 
 def arguments(out, **changes):
     """The arguments of a script that load_judge reads, with those changed that are given."""
-    values = {"dataset": "mnist", "out": out, "data_dir": None, "quick": False, "device": "cpu"}
+    values = {"dataset": "mnist", "out": out, "quick": False, "device": "cpu"}
+    values |= {"data_dir": None, "cache_dir": None}
     return argparse.Namespace(**{**values, **changes})
 
 

@@ -37,6 +37,7 @@ OMP_NUM_THREADS=1 taskset -c 0 python tests/make_tables.py --only vp/ort, and so
 
 import argparse
 import functools
+import hashlib
 import json
 import math
 import os
@@ -270,7 +271,11 @@ def save_time():
         # 03 labels its samples: only those of the Standard model are the same in every run.
         if "before" not in more.get("label", ""):
             return draw(net, n, shape, sde, seed, nfe, **more)
-        name = f"before-{weights_digest(net)}-{type(sde).__name__}-{n}-{seed}-{nfe}.pt"
+        # All that the samples depend on: under --quick, for instance, a batch is another one.
+        options = {key: value for key, value in more.items() if key != "label"}
+        settings = repr((tuple(shape), sorted(options.items()))).encode()
+        digest = f"{weights_digest(net)}-{hashlib.sha256(settings).hexdigest()[:8]}"
+        name = f"before-{digest}-{type(sde).__name__}-{n}-{seed}-{nfe}.pt"
         path = PLACES.runs / name
         images = read_kept_images(path)
         if images is None:
@@ -297,6 +302,7 @@ def execute(name, command):
     flags = command.split()[2:]  # after "python 03_unlearn.py"
     load_script("03")["main"]([*flags, "--out", str(folder)])
     (path,) = folder.glob("mnist/*/*/result.json")
+    (folder / "command.txt").write_text(command)  # for `network`
     return path.parent
 
 
@@ -637,6 +643,7 @@ def measure_standard(path, command, quick):
     args = argparse.Namespace(
         dataset="mnist",
         data_dir=None,
+        cache_dir=None,
         out=PLACES.runs,
         device="cpu",
         quick=quick,
@@ -700,8 +707,20 @@ def network(name):
     command = load()[name]["command"]
     # [!.]: the folder of a run that was killed begins with a dot.
     found = list(run_folder(name).glob("mnist/*/[!.]*/model.pt"))
+    # A run that was killed before it came into the table may have left another model here.
+    note = run_folder(name) / "command.txt"
+    if note.exists() and note.read_text() not in (command, f"{command} --n 10"):
+        found = []
     path = found[0] if found else execute(name, f"{command} --n 10") / "model.pt"
     return common.load_net(path, command)
+
+
+def measured_model(name):
+    """Return what says which model has a name: the command of its run, or Standard's digest."""
+    if name == "standard":
+        path, _ = common.find_base(PLACES.runs, "mnist")
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    return load().get(name, {}).get("command")
 
 
 def measure_models(group, runs, figures, dry):
@@ -712,12 +731,15 @@ def measure_models(group, runs, figures, dry):
     """
     for label, name in {"standard": "standard", **runs}.items():
         key = f"{group}/{label}"
-        is_done = key in load()
+        measured = measured_model(name)
+        # Entries of the first tables do not say what was measured.
+        is_done = key in load() and load()[key].get("model", measured) == measured
         if is_done or dry:
             tell(key, is_done)
             continue
         command = f"python tests/make_tables.py --only {group}"
-        print(key, keep(key, command, figures(network(name))), flush=True)
+        result = {**figures(network(name)), "model": measured}
+        print(key, keep(key, command, result), flush=True)
 
 
 def test_images(n):

@@ -122,16 +122,14 @@ def unet_content(**arch):
     return {"arch": net.arch, "ema": net.state_dict()}
 
 
-ANOTHER_SHAPE = {
-    "channels": lambda base: unet_content(channels=3),
-    "sides": lambda base: unet_content(mult=(1, 1, 1, 1), attn=(False,) * 4),
-    "size": lambda base: {"shape": (1, 32, 32)},
-}
-
-
-@pytest.mark.parametrize("change", ANOTHER_SHAPE.values(), ids=ANOTHER_SHAPE)
-def test_a_base_for_other_images_is_refused(tmp_path, base, change):
-    write_base(tmp_path, base, **change(base))
+@pytest.mark.parametrize("what", ["channels", "sides", "size"])
+def test_a_base_for_other_images_is_refused(tmp_path, base, what):
+    changes = {"shape": (1, 32, 32)}  # the same network, trained on larger images
+    if what == "channels":
+        changes = unet_content(channels=3)
+    if what == "sides":  # 28 cannot be halved four times
+        changes = unet_content(mult=(1, 1, 1, 1), attn=(False,) * 4)
+    write_base(tmp_path, base, **changes)
     path = tmp_path / "mnist/base.pt"
     run = run_function(common.load_net, path, "the command", "cpu", SHAPE)
     check_refusal(run, "base.pt", "(1, 28, 28)", "the command")
@@ -229,21 +227,26 @@ def stopped(tmp_path_factory):
     return out, torch.load(out / "mnist/base.pt", weights_only=True)
 
 
-NOT_RESUMABLE = {
-    "one optimizer": lambda content: {"optimizers": content["optimizers"][:1]},
-    "no optimizer": lambda content: {"optimizers": []},
-    "exchanged optimizers": lambda content: {"optimizers": content["optimizers"][::-1]},
-    "too few weights": lambda content: {"model": {}},
-    "no random state": lambda content: {"rng": None},
-    "short random state": lambda content: {"rng": content["rng"][:100]},
-    "step is a word": lambda content: {"step": "two"},
-    "other images": lambda content: {"shape": (1, 32, 32)},
-}
+def misfits(content):
+    """What can be wrong with a file to resume, as changes of its content."""
+    return {
+        "one optimizer": {"optimizers": content["optimizers"][:1]},
+        "no optimizer": {"optimizers": []},
+        "exchanged optimizers": {"optimizers": content["optimizers"][::-1]},
+        "too few weights": {"model": {}},
+        "no random state": {"rng": None},
+        "short random state": {"rng": content["rng"][:100]},
+        "step is a word": {"step": "two"},
+        "other images": {"shape": (1, 32, 32)},
+    }
 
 
-@pytest.mark.parametrize("change", NOT_RESUMABLE.values(), ids=NOT_RESUMABLE)
-def test_a_resume_file_that_does_not_fit_is_refused(stopped, change):
+NOTHING = {"optimizers": [], "rng": []}
+
+
+@pytest.mark.parametrize("what", list(misfits(NOTHING)))
+def test_a_resume_file_that_does_not_fit_is_refused(stopped, what):
     out, content = stopped
-    write_base(out, content, **change(content))
+    write_base(out, content, **misfits(content)[what])
     run = run_script("02", *QUICK, *TRAINING, "--steps", 4, "--resume", "--out", out)
     check_refusal(run, "base.pt", "02_train_sde.py --dataset mnist")

@@ -178,8 +178,17 @@ def test_no_argument_is_overlooked(speller, tmp_path, number, short):
     """A new flag of 02 or 03 has to be put into HYPER_PARAMETERS, or here."""
     args = parse(speller, number, short.split(), tmp_path)
     elsewhere = {
-        "02": {"device", "resume", "save_every", "sample_every", "judge", "measure", "n"},
-        "03": {"device"},
+        "02": {
+            "device",
+            "cache_dir",
+            "resume",
+            "save_every",
+            "sample_every",
+            "judge",
+            "measure",
+            "n",
+        },
+        "03": {"device", "cache_dir"},
     }
     assert set(args) == set(speller["HYPER_PARAMETERS"][number]) | elsewhere[number]
 

@@ -320,6 +320,7 @@ def train(toy, method, alpha, steps, base=None, batch=1024):
     optimizers = [torch.optim.Adam(net.parameters(), lr, fused=True)]
     ema = common.EMA(net, 0.995)
     num_skipped = 0  # steps in a row whose gradient was not finite
+    total_skipped = 0
     kept = toy.all if method == "standard" else toy.g  # what L_g sees
 
     for step in range(steps):
@@ -339,7 +340,12 @@ def train(toy, method, alpha, steps, base=None, batch=1024):
             loss = alpha * loss_g + (1 - alpha) * loss_f
         loss.backward()
         num_skipped = common.guarded_step(net, optimizers, num_skipped)
+        total_skipped += num_skipped > 0
         ema.update(net)
+    common.refuse_skipped(total_skipped, steps)
+    if total_skipped:
+        print(f"{method}: {steps} steps{common.skipped_text(total_skipped)}")
+    ema.net.skipped_steps = total_skipped  # for table.json
     return ema.net
 
 
@@ -693,7 +699,7 @@ def arguments(argv):
     )
     parser.add_argument(
         "--means",
-        type=float,
+        type=common.number(float, -math.inf),
         nargs="+",
         default=[-2, -2, 0, 0, 2, 2],
         help="x y of each Gaussian",
@@ -788,6 +794,7 @@ def main(argv=None):
         "rows": [asdict(row) for row in rows],
         "frontier": limits,
         "curves": curves,
+        "skipped_steps": {name: net.skipped_steps for name, net in nets.items()},
         "args": vars(args),
     }
     (out / "table.json").write_text(json.dumps(content, indent=1))

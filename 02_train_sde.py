@@ -32,6 +32,8 @@ Predict, then run:
 """
 
 import json
+import math
+import os
 import signal
 import time
 from dataclasses import dataclass
@@ -64,7 +66,7 @@ def flags():
     )
     p.add_argument(
         "--log-sigma",
-        type=float,
+        type=common.number(float, -math.inf),
         nargs=2,
         default=(common.TRAINING_NOISE["mean"], common.TRAINING_NOISE["std"]),
         help="--sde any: mean and std of ln sigma",
@@ -101,6 +103,7 @@ def flags():
 
 def refuse(args):
     """Exit with one line if flags do not fit together."""
+    common.refuse_log_sigma(args.log_sigma)
     if (args.judge or args.measure) and args.dataset == "celeba" and not args.without:
         # CelebA has attributes and no classes: without names the judge would have nothing to tell.
         common.exit_with_error(
@@ -184,6 +187,7 @@ class Model:
     optimizers: list  # each moves some of the weights
     sde: common.SDE  # the noise that images get in training
     shape: tuple  # (C, H, W) of the images
+    num_skipped: int = 0  # steps so far that were left out: their gradient was not finite
 
 
 def make_model(args, shape):
@@ -262,7 +266,7 @@ def train(args, data, model, path, first_step):
     net = model.net
     sde = model.sde
     log_path = path.with_name("log.jsonl")
-    start_log(args, log_path)
+    start_log(log_path, first_step)
     loss_sum = torch.zeros((), device=args.device)  # of the steps since the last printed line
     num_skipped = 0  # steps in a row whose gradient was not finite
     printed_steps = first_step  # how many steps were done when the last line was printed
@@ -278,6 +282,7 @@ def train(args, data, model, path, first_step):
             loss_sum += loss.detach() / args.grad_accum
         # optimizer.step() and zero_grad(). A gradient that is not finite is dropped.
         num_skipped = common.guarded_step(net, model.optimizers, num_skipped)
+        model.num_skipped += num_skipped > 0
         model.ema.update(net)
 
         done = step + 1
@@ -285,7 +290,7 @@ def train(args, data, model, path, first_step):
             common.average_over_ranks([loss_sum])
             mean_loss = loss_sum.item() / (done - printed_steps)
             steps_per_second = (done - printed_steps) / (time.time() - printed_at)
-            print_progress(args, log_path, done, mean_loss, steps_per_second)
+            print_progress(args, log_path, done, mean_loss, steps_per_second, model.num_skipped)
             printed_steps = done
             printed_at = time.time()
             loss_sum = torch.zeros_like(loss_sum)
@@ -299,23 +304,48 @@ def train(args, data, model, path, first_step):
     return True
 
 
-def start_log(args, path):
-    """Begin a new log.jsonl, or keep the lines of the run that --resume goes on with."""
-    if common.is_first_process() and not args.resume:
-        path.write_text("")
+def start_log(path, first_step):
+    """Begin a new log.jsonl, or keep the lines up to the step that --resume goes on from.
+
+    What came after that step, before a crash, is done again and would stand there twice.
+    """
+    if not common.is_first_process():
+        return
+    kept = []
+    if first_step and path.exists():
+        for line in path.read_text().splitlines():
+            if step_of(line) <= first_step:
+                kept.append(line + "\n")
+    # Beside it first, then in one move: a crash right here must not take the log.
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text("".join(kept))
+    os.replace(unfinished, path)
 
 
-def print_progress(args, log_path, done, mean_loss, steps_per_second):
-    """Print a line and add one to log.jsonl: steps done, their mean loss, speed, time left."""
+def step_of(line):
+    """Return the step that a line of log.jsonl is about; infinity for a line that is cut off."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def print_progress(args, log_path, done, mean_loss, steps_per_second, num_skipped):
+    """Print a line and add one to log.jsonl: steps done, their mean loss, speed, time left.
+
+    num_skipped  how many of all steps were left out
+    """
     images_per_second = steps_per_second * args.batch_size
     hours_left = (args.steps - done) / steps_per_second / 3600
     print(
         f"step {done}/{args.steps}  v-loss {mean_loss:.4f}  "
-        f"{images_per_second:.0f} images/s  ETA {hours_left:.2f} h",
+        f"{images_per_second:.0f} images/s  ETA {hours_left:.2f} h"
+        + common.skipped_text(num_skipped),
         flush=True,
     )
     if common.is_first_process():
         line = {"step": done, "loss": mean_loss, "images_per_s": images_per_second}
+        line["skipped_steps"] = num_skipped
         with log_path.open("a") as log:
             log.write(json.dumps(line) + "\n")
 
@@ -355,6 +385,7 @@ def save(path, step, model, args):
         ema=model.ema.net.state_dict(),
         optimizers=[optimizer.state_dict() for optimizer in model.optimizers],
         step=step,
+        skipped_steps=model.num_skipped,
         rng=torch.get_rng_state(),
         args=vars(args),
         torch=str(torch.__version__),
@@ -367,8 +398,9 @@ def resume(path, model, args):
     Exits with one line if the checkpoint is missing, or holds a network of another architecture.
     """
     command = f"python 02_train_sde.py --dataset {args.dataset}"
-    keys = ("arch", "model", "ema", "optimizers", "step", "rng")
+    keys = ("arch", "model", "ema", "optimizers", "step", "rng", "args")
     checkpoint = common.load_checkpoint(path, command, keys)
+    refuse_other_training(path, args, checkpoint["args"])
     if checkpoint["arch"] != model.net.arch:
         common.exit_with_error(
             f"{path} holds another network (was it made with --quick?); "
@@ -386,6 +418,51 @@ def resume(path, model, args):
     return checkpoint["step"]
 
 
+# What a training is made of, by name of the flag. All else may differ when it is resumed: how the
+# work is split (--grad-accum, --device), what is written when (--save-every), and more --steps.
+TRAINING_FLAGS = (
+    *("dataset", "without", "sde", "batch_size", "lr", "ema", "log_sigma", "wide", "width"),
+    *("seed", "quick"),
+)
+
+
+def refuse_other_training(path, args, recorded):
+    """Exit with one line if flags are not those of the training that is to be resumed.
+
+    recorded  args of the checkpoint
+
+    The optimizers would go on with the old rates, and the random numbers with the old seed, while
+    the checkpoint would say something else.
+    """
+    differences = []
+    for name in TRAINING_FLAGS:
+        if name not in recorded:  # the file of an older version
+            continue
+        old = plain(recorded[name])
+        new = plain(getattr(args, name))
+        if old != new:
+            flag = "--" + name.replace("_", "-")
+            differences.append(f"{flag} was {old} and is now {new}")
+    if differences:
+        common.exit_with_error(
+            f"{path} was trained with other flags: {', '.join(differences)}; "
+            "give the same again, or start a new training without --resume"
+        )
+    if args.steps < recorded.get("steps", 0):
+        common.exit_with_error(
+            f"{path} is a training of {recorded['steps']} steps, and --steps {args.steps} is less; "
+            "give as many or more"
+        )
+
+
+def plain(value):
+    """Return the value of a flag so that it can be compared: a list, with names in order."""
+    if isinstance(value, (list, tuple)):
+        has_names = all(isinstance(item, str) for item in value)
+        return sorted(value) if has_names else list(value)
+    return value
+
+
 def restore(model, checkpoint):
     """Put what a checkpoint holds into the model and the random generator; raise if it misfits."""
     # The raw weights train on; the average only follows them.
@@ -393,6 +470,7 @@ def restore(model, checkpoint):
     model.ema.net.load_state_dict(checkpoint["ema"])
     # Without this the average would take itself for new, and forget faster than it should.
     model.ema.num_updates = int(checkpoint["step"])
+    model.num_skipped = int(checkpoint.get("skipped_steps", 0))
     # strict: with one state too few an optimizer would start anew, and nobody would notice.
     for optimizer, state in zip(model.optimizers, checkpoint["optimizers"], strict=True):
         optimizer.load_state_dict(state)
@@ -553,7 +631,10 @@ def main(argv=None):
     is_finished = train(args, data, model, path, first_step)
 
     # ---- outputs: all written by now
-    if is_finished:
+    if first_step == args.steps:
+        print(f"nothing was left to do: {path} has all its {args.steps} steps")
+    elif is_finished:
+        common.refuse_skipped(model.num_skipped, args.steps)
         classes = " ".join(args.without or ["<class>"])
         print(
             f"wrote {path}; next: python 03_unlearn.py --dataset {args.dataset} --forget {classes}"

@@ -37,7 +37,7 @@ import copy
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -99,7 +99,10 @@ def flags():
     )
     add_weights(p)  # <-- 03
     p.add_argument(
-        "--log-sigma", type=float, nargs=2, help="noise of D_f: mean and std of ln sigma"
+        "--log-sigma",
+        type=common.number(float, -math.inf),
+        nargs=2,
+        help="noise of D_f: mean and std of ln sigma",
     )
     p.add_argument(
         "--retain",
@@ -151,6 +154,7 @@ def add_weights(p):  # <-- 03
 
 def refuse(args):
     """Exit with one line if flags do not fit together."""
+    common.refuse_log_sigma(args.log_sigma)
     refuse_from_scratch(args)
     # EraseDiff with --alpha has a constant weight, which needs no gradients.
     weighs_gradients = args.method in ("erasediff", "siss") and args.alpha is None
@@ -290,6 +294,7 @@ class Model:
     optimizers: list  # each moves some of the weights
     sde: common.SDE  # the noise that images get in training, and that samples start from
     shape: tuple  # (C, H, W) of the images
+    skipped: list = field(default_factory=list)  # steps left out: their gradient was not finite
 
 
 def make_model(args, shape):
@@ -615,6 +620,8 @@ def train(args, data, model):
             losses[step] += both / args.grad_accum
         # optimizer.step() and zero_grad(). A gradient that is not finite is dropped.
         num_skipped = common.guarded_step(net, model.optimizers, num_skipped)
+        if num_skipped:
+            model.skipped.append(step + 1)
         model.ema.update(net)
 
         done = step + 1
@@ -622,18 +629,21 @@ def train(args, data, model):
             common.average_over_ranks([losses[printed_steps:done]])  # in place
             mean_loss_g, mean_loss_f = losses[printed_steps:done].mean(0).tolist()
             steps_per_second = (done - printed_steps) / (time.time() - printed_at)
-            print_progress(args, done, mean_loss_g, mean_loss_f, steps_per_second)
+            print_progress(
+                args, done, mean_loss_g, mean_loss_f, steps_per_second, len(model.skipped)
+            )
             printed_steps = done
             printed_at = time.time()
+    common.refuse_skipped(len(model.skipped), args.steps)
     return losses
 
 
-def print_progress(args, done, mean_loss_g, mean_loss_f, steps_per_second):
-    """Print a line: steps done, their mean losses, time left."""
+def print_progress(args, done, mean_loss_g, mean_loss_f, steps_per_second, num_skipped):
+    """Print a line: steps done, their mean losses, time left, and how many were left out."""
     seconds_left = (args.steps - done) / steps_per_second
     print(
         f"step {done}/{args.steps}  L_g {mean_loss_g:.4f}  L_f {mean_loss_f:.4f}  "
-        f"ETA {seconds_left:.0f} s",
+        f"ETA {seconds_left:.0f} s" + common.skipped_text(num_skipped),
         flush=True,
     )
 
@@ -840,11 +850,15 @@ def plot_curves(path, losses, title):
     plt.close(fig)
 
 
-def write_log(path, losses):
-    """Write L_g and L_f of each step, losses (steps, 2), as lines of JSON."""
+def write_log(path, losses, skipped):
+    """Write L_g and L_f of each step, losses (steps, 2), as lines of JSON.
+
+    skipped  numbers of the steps that were left out, because their gradient was not finite
+    """
     with path.open("w") as log:
         for i, (loss_g, loss_f) in enumerate(losses.tolist()):
             line = {"step": i + 1, "loss_g": loss_g, "loss_f": loss_f}
+            line["skipped"] = i + 1 in skipped
             log.write(json.dumps(line) + "\n")
 
 
@@ -879,11 +893,12 @@ def main(argv=None):
         losses = train(args, data, model)
 
         # ---- outputs
-        write_log(out / "log.jsonl", losses)
+        write_log(out / "log.jsonl", losses, model.skipped)
         save(out / "model.pt", args.steps, model, args)
         after = draw_samples(args, model.ema.net, model.sde, judge, shape, "samples after")
         real_g = common.reference_images(train_set.images[data.index_g.cpu()], args.quick)
         result = report(args, data, judge, real_g, before, after, time.time() - start)
+        result["skipped_steps"] = len(model.skipped)
         (out / "result.json").write_text(json.dumps(result, indent=1))
         before_after(out / "before_after.png", data, before, after)
         title = f"{args.method}, forget {' '.join(args.forget)}, {args.sde}"

@@ -365,7 +365,10 @@ def sample(setup, model, name="samples", tune=None, **more_key):
             device=args.device,
             label=label,
         )
-        return {"images": images, "seconds": time.time() - start}
+        result = {"images": images, "seconds": time.time() - start}
+        if tune is not None:
+            result["skipped_steps"] = net.skipped_steps
+        return result
 
     key = {
         "weights": model.digest,
@@ -678,7 +681,8 @@ def relearn(net, images, steps, batch, lr, seed):
     adam = torch.optim.Adam(tuned.parameters(), lr, betas=(0.9, 0.99), fused=True)
     sde = common.TRAINING_SDE  # as in 02: the attacker does not know with which SDE we sample
 
-    num_skipped = 0
+    num_skipped = 0  # steps in a row whose gradient was not finite
+    total_skipped = 0
     for step in range(steps):
         common.set_lr([adam], step, steps, warmup=5)
         # With replacement: the same few images again and again, each time with other noise.
@@ -687,6 +691,9 @@ def relearn(net, images, steps, batch, lr, seed):
         t = common.lognormal_t(batch, sde, **common.TRAINING_NOISE, device=device)
         common.dsm_loss(tuned, sde, x0, t, weight="v").mean().backward()
         num_skipped = common.guarded_step(tuned, [adam], num_skipped)
+        total_skipped += num_skipped > 0
+    common.refuse_skipped(total_skipped, steps)
+    tuned.skipped_steps = total_skipped  # for `sample`, which writes it down
     return tuned.requires_grad_(False).eval()
 
 
@@ -730,7 +737,12 @@ def attack(setup, models, rows, standard, images_f):
                 batch_size=args.batch_size,
                 lr=args.lr,
             )
-            attacked.append({"model": model.name, "k": k, **measures(setup, drawn, standard)})
+            attacked.append({
+                "model": model.name,
+                "k": k,
+                "skipped_steps": drawn.get("skipped_steps"),
+                **measures(setup, drawn, standard),
+            })
     return attacked
 
 

@@ -1354,6 +1354,7 @@ def fit_judge(data, epochs, batch_size=128, lr=4e-3, seed=0, device="cpu"):
     optimizer = torch.optim.AdamW(judge.parameters(), lr=lr, weight_decay=0.02, fused=True)
 
     steps = epochs * (num_images // batch_size)
+    num_skipped = 0
     for step in range(steps):
         set_lr([optimizer], step, steps, warmup=100)
         index = torch.randint(num_images, (batch_size,))
@@ -1362,10 +1363,12 @@ def fit_judge(data, epochs, batch_size=128, lr=4e-3, seed=0, device="cpu"):
         logits, _ = judge(random_affine(images))
         loss = F.cross_entropy(logits, target)
         loss.backward()
-        # skipped is always 0: a bad step is left out, but the training never gives up.
-        guarded_step(judge, [optimizer], skipped=0, clip=5.0)
+        # skipped is always 0: bad steps are left out, and the training goes on to its end.
+        num_skipped += guarded_step(judge, [optimizer], skipped=0, clip=5.0)
         if step % 200 == 0 or step == steps - 1:
-            print(f"judge step {step}/{steps}  loss {loss.item():.3f}", flush=True)
+            text = skipped_text(num_skipped)
+            print(f"judge step {step}/{steps}  loss {loss.item():.3f}{text}", flush=True)
+    refuse_skipped(num_skipped, steps)
     return judge.eval()  # its batch norms now use what they have learnt, not the batch
 
 
@@ -2521,6 +2524,22 @@ def guarded_step(net, optimizers, skipped, clip=1.0):
     return skipped + 1
 
 
+def skipped_text(num_skipped):
+    """Return the end of a progress line: how many steps guarded_step has left out, if any."""
+    if num_skipped == 0:
+        return ""
+    return f"  skipped so far, because the gradient was not finite: {num_skipped}"
+
+
+def refuse_skipped(num_skipped, steps):
+    """Exit with one line if all steps of a training were left out: nothing has been learned."""
+    if num_skipped >= steps:
+        exit_with_error(
+            f"the gradient was not finite in any of the {steps} steps; lower --lr "
+            "(or, when unlearning, raise --alpha)"
+        )
+
+
 def autocast(device):
     """Return a context in which CUDA computes in bfloat16; on a CPU it does nothing.
 
@@ -3035,10 +3054,12 @@ def number(kind, low, high=math.inf, open_low=False):
     def convert(text):
         value = kind(text)
         is_high_enough = low < value if open_low else low <= value
-        # Both comparisons must hold. Asking for the opposite would let nan pass.
-        if is_high_enough and value <= high:
+        # nan and inf are numbers for Python, and no setting makes sense with them.
+        if math.isfinite(value) and is_high_enough and value <= high:
             return value
-        bounds = f"above {low}" if open_low else f"at least {low}"
+        bounds = "a finite number"
+        if low > -math.inf:
+            bounds = f"above {low}" if open_low else f"at least {low}"
         if high < math.inf:
             bounds += f", at most {high}"
         raise argparse.ArgumentTypeError(f"{text} is out of range: {bounds}")
@@ -3046,6 +3067,12 @@ def number(kind, low, high=math.inf, open_low=False):
     # argparse puts this name into its message: "invalid whole number value: 'x'".
     convert.__name__ = "whole number" if kind is int else "number"
     return convert
+
+
+def refuse_log_sigma(log_sigma):
+    """Exit with one line if --log-sigma, the mean and std of ln sigma, is no distribution."""
+    if log_sigma is not None and log_sigma[1] <= 0:
+        exit_with_error(f"--log-sigma: the second number is a std: {log_sigma[1]} is not above 0")
 
 
 def parser(doc, **defaults):

@@ -1,0 +1,212 @@
+"""Settings are used or refused, and what went wrong in a training is said."""
+
+import json
+
+import pytest
+import torch
+from conftest import (
+    check_refusal,
+    check_success,
+    load_script,
+    run_function,
+    run_script,
+    write_small_base,
+)
+
+import common
+
+QUICK = ("--dataset", "mnist", "--quick")
+TRAINING = {"--batch-size": 4, "--width": 16, "--steps": 4, "--lr": 1e-3}
+
+# ---- --resume ------------------------------------------------------------------------------------
+
+
+def train(out, *more, **changes):
+    """Run 02 with small settings, of which some may be changed -> Run."""
+    flags = []
+    for flag, value in {**TRAINING, **changes}.items():
+        flags += [flag, value]
+    return run_script("02", *QUICK, *flags, *more, "--out", out)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The --out of a finished training of 4 steps."""
+    out = tmp_path_factory.mktemp("trained")
+    check_success(train(out))
+    return out
+
+
+OTHER_FLAGS = {
+    "lr": ({"--lr": 1e-5}, ()),
+    "seed": ({"--seed": 1}, ()),
+    "batch": ({"--batch-size": 8}, ()),
+    "ema": ({"--ema": 0.5}, ()),
+    "wide": ({"--wide": 0.3}, ()),
+    "sde": ({"--sde": "vp"}, ()),
+    "log-sigma": ({}, ("--log-sigma", 0, 1)),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FLAGS)
+def test_resume_refuses_another_setting(trained, name):
+    changes, more = OTHER_FLAGS[name]
+    before = (trained / "mnist/base.pt").read_bytes()
+    run = train(trained, "--resume", *more, **{"--steps": 6, **changes})
+    check_refusal(run, "base.pt", f"--{name}")
+    assert (trained / "mnist/base.pt").read_bytes() == before
+
+
+def test_resume_names_every_setting_that_differs(trained):
+    changes = {"--steps": 6, "--lr": 0.5, "--seed": 3}
+    run = train(trained, "--resume", **changes)
+    check_refusal(run, "--lr was 0.001 and is now 0.5", "--seed was 0 and is now 3")
+
+
+def test_resume_refuses_fewer_steps(trained):
+    run = train(trained, "--resume", **{"--steps": 2})
+    check_refusal(run, "4 steps", "--steps 2")
+
+
+def test_resume_of_a_finished_training_does_not_claim_to_write(trained):
+    run = train(trained, "--resume")
+    check_success(run)
+    assert "wrote" not in run.out
+    assert "nothing was left to do" in run.out
+
+
+def test_resume_goes_on_with_more_steps_and_other_habits(tmp_path):
+    check_success(train(tmp_path))
+    more = ("--resume", "--save-every", 1, "--sample-every", 3)
+    check_success(train(tmp_path, *more, **{"--steps": 6}))
+    assert torch.load(tmp_path / "mnist/base.pt", weights_only=True)["step"] == 6
+
+
+def test_resume_takes_steps_out_of_the_log_that_come_again(tmp_path):
+    """A crash has left lines of steps after the checkpoint, and a line that is cut off."""
+    check_success(train(tmp_path))
+    log = tmp_path / "mnist/log.jsonl"
+    lines = [json.dumps({"step": step, "loss": 0.5}) for step in (2, 4, 5, 6)]
+    log.write_text("\n".join(lines) + '\n{"step": 7, "lo')
+    check_success(train(tmp_path, "--resume", **{"--steps": 6}))
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps == [2, 4, 6]
+
+
+# ---- numbers that are none -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999"])
+@pytest.mark.parametrize("low", [0, float("-inf")])
+def test_a_number_has_to_be_finite(low, text):
+    parser = common.Parser()
+    parser.add_argument("--x", type=common.number(float, low))
+    run = run_function(parser.parse_args, ["--x", text])
+    check_refusal(run, "--x")
+
+
+NOT_FINITE = [
+    ("01", "--means nan 0 0 0 2 2"),
+    ("01", "--weights 1 inf 1"),
+    ("02", "--log-sigma nan 1"),
+    ("02", "--log-sigma 0 inf"),
+    ("02", "--log-sigma 0 0"),
+    ("02", "--log-sigma 0 -1"),
+    ("02", "--lr inf"),
+    ("02", "--wide nan"),
+    ("03", "--forget 3 --log-sigma nan 1"),
+    ("03", "--forget 3 --log-sigma -1 0"),
+    ("03", "--forget 3 --kappa inf"),
+    ("03", "--forget 3 --lr nan"),
+    ("04", "--forget 3 --relearn --lr inf"),
+    ("05", "--forget 3 --task reconstruct --sigmas nan"),
+]
+
+
+@pytest.mark.parametrize("number, flags", NOT_FINITE)
+def test_settings_that_are_no_numbers_are_refused(tmp_path, number, flags):
+    run = run_script(number, "--quick", *flags.split(), "--out", tmp_path)
+    check_refusal(run, "--")
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+# ---- steps that were left out --------------------------------------------------------------------
+
+
+def spoil_some_steps(monkeypatch, script, when):
+    """Make the loss of some steps of a script nan: of those for which when(step) holds."""
+    space = script["main"].__globals__
+    objective = space["objective"]
+    calls = []
+
+    def spoiled(*args):
+        calls.append(1)
+        result = objective(*args)
+        if not when(len(calls)):
+            return result
+        if isinstance(result, tuple):
+            return tuple(loss * float("nan") for loss in result)
+        return result * float("nan")
+
+    monkeypatch.setitem(space, "objective", spoiled)
+
+
+def run_spoiled(monkeypatch, number, when, *flags):
+    """Run a script of which some steps are not finite -> Run."""
+    script = load_script(number)
+    spoil_some_steps(monkeypatch, script, when)
+    return run_function(script["main"], [*QUICK, *map(str, flags)])
+
+
+def test_02_counts_skipped_steps(tmp_path, monkeypatch):
+    flags = ("--steps", 6, "--batch-size", 4, "--width", 16, "--out", tmp_path)
+    run = run_spoiled(monkeypatch, "02", lambda step: step in (2, 3), *flags)
+    check_success(run)
+    assert "gradient was not finite: 2" in run.out
+    last_line = (tmp_path / "mnist/log.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last_line)["skipped_steps"] == 2
+    assert torch.load(tmp_path / "mnist/base.pt", weights_only=True)["skipped_steps"] == 2
+
+
+def test_02_goes_on_counting_after_resume(tmp_path, monkeypatch):
+    flags = ("--batch-size", 4, "--width", 16, "--out", tmp_path)
+    check_success(run_spoiled(monkeypatch, "02", lambda step: step == 2, *flags, "--steps", 3))
+    more = ("--steps", 6, "--resume")
+    check_success(run_spoiled(monkeypatch, "02", lambda step: step == 2, *flags, *more))
+    assert torch.load(tmp_path / "mnist/base.pt", weights_only=True)["skipped_steps"] == 2
+
+
+def test_03_counts_skipped_steps(tmp_path, small_base, monkeypatch):
+    flags = ("--forget", 3, "--n", 10, "--nfe", 2, "--steps", 5, "--out", tmp_path)
+    run = run_spoiled(monkeypatch, "03", lambda step: step in (2, 5), *flags)
+    check_success(run)
+    assert "gradient was not finite: 2" in run.out
+    (folder,) = small_base.parent.glob("forget-3/*")
+    assert json.loads((folder / "result.json").read_text())["skipped_steps"] == 2
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["skipped"]] == [2, 5]
+
+
+@pytest.mark.parametrize("number, flags", [("02", ("--width", 16)), ("03", ("--forget", 3))])
+def test_a_training_without_a_good_step_is_no_success(tmp_path, monkeypatch, number, flags):
+    """Four steps are too few for the guard, which gives up after five in a row."""
+    if number == "03":
+        write_small_base(tmp_path)
+    flags = (*flags, "--steps", 4, "--out", tmp_path)
+    run = run_spoiled(monkeypatch, number, lambda step: True, *flags)
+    check_refusal(run, "not finite in any of the 4 steps", "--lr")
+    assert not list(tmp_path.glob("mnist/forget-3/*/model.pt"))
+
+
+def test_a_run_without_skipped_steps_says_nothing_of_them(trained):
+    line = json.loads((trained / "mnist/log.jsonl").read_text().splitlines()[-1])
+    assert line["skipped_steps"] == 0
+    assert common.skipped_text(0) == ""
+
+
+def test_a_judge_counts_skipped_steps(capsys, monkeypatch):
+    images = torch.zeros(8, 1, 28, 28, dtype=torch.uint8)
+    data = common.Dataset(images, torch.zeros(8).long(), ["a", "b"])
+    monkeypatch.setattr(common, "random_affine", lambda x: x * float("nan"))
+    run = run_function(lambda: common.fit_judge(data, epochs=2, batch_size=4))
+    check_refusal(run, "not finite in any")

@@ -36,6 +36,8 @@ import argparse
 import copy
 import json
 import math
+import os
+import sys
 import time
 from dataclasses import dataclass, field
 
@@ -671,6 +673,49 @@ def output_folder(args, forget_names):
     return folder / common.run_name(method, args.sde, args.from_scratch, args.seed)
 
 
+def set_apart_if_worse(args, result, out, folder):
+    """End the program with status 1 if the run made things worse; its folder is kept all the same.
+
+    result  content of result.json
+    out     folder that holds the finished run, hidden so far
+    folder  where it would have gone. What is there stays: the run goes beside it, as <name>-worse
+    """
+    reasons = reasons_of_worse(args, result)
+    if not reasons:
+        return
+    place = folder.with_name(f"{folder.name}-worse")
+    number = 1
+    while place.exists():
+        number += 1
+        place = folder.with_name(f"{folder.name}-worse{number}")
+    if common.is_first_process():
+        os.rename(out, place)
+        stays = f"{folder}/ stays as it was" if folder.exists() else f"{folder}/ was not written"
+        print(
+            f"worse than before: {'; '.join(reasons)}; saved as {place}/, {stays} "
+            "(try a lower --lr, or a weaker push)",
+            file=sys.stderr,
+        )
+    raise SystemExit(1)
+
+
+def reasons_of_worse(args, result):
+    """Return why a model is worse than the Standard model that it came from: a list of texts.
+
+    A run that only tries whether everything works has nothing to lose, and one from scratch has no
+    model that it came from.
+    """
+    reasons = []
+    if args.quick or args.from_scratch or result["ur_before"] is None:
+        return reasons
+    low, _ = result["ur_interval"]
+    if low > result["ur_before"]:
+        reasons.append(f"UR {result['ur_before']:.2f} > {result['ur_after']:.2f} %")
+    if result["low_confidence_after"] > 50:
+        reasons.append(f"the judge is unsure of {result['low_confidence_after']:.0f} %")
+    return reasons
+
+
 # ---- measures and pictures -----------------------------------------------------------------------
 
 
@@ -899,10 +944,12 @@ def main(argv=None):
         real_g = common.reference_images(train_set.images[data.index_g.cpu()], args.quick)
         result = report(args, data, judge, real_g, before, after, time.time() - start)
         result["skipped_steps"] = len(model.skipped)
+        result["worse"] = reasons_of_worse(args, result)
         (out / "result.json").write_text(json.dumps(result, indent=1))
         before_after(out / "before_after.png", data, before, after)
         title = f"{args.method}, forget {' '.join(args.forget)}, {args.sde}"
         plot_curves(out / "curves.png", losses, title)
+        set_apart_if_worse(args, result, out, folder)
     picture = folder / "before_after.png"
     print(f"{time.time() - start:.0f} s; wrote {folder}/; next: look at {picture}")
 

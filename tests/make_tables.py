@@ -300,7 +300,12 @@ def execute(name, command):
     folder = run_folder(name)
     shutil.rmtree(folder, ignore_errors=True)  # what a killed run has left
     flags = command.split()[2:]  # after "python 03_unlearn.py"
-    load_script("03")["main"]([*flags, "--out", str(folder)])
+    try:
+        load_script("03")["main"]([*flags, "--out", str(folder)])
+    except SystemExit as stop:
+        if stop.code != 1:
+            raise
+        # 1: it made things worse. The search for a weight goes that far, and its row says so.
     (path,) = folder.glob("mnist/*/*/result.json")
     (folder / "command.txt").write_text(command)  # for `network`
     return path.parent

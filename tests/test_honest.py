@@ -1,10 +1,13 @@
 """Settings are used or refused, and what went wrong in a training is said."""
 
 import json
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import (
+    ROOT,
     check_refusal,
     check_success,
     load_script,
@@ -210,3 +213,89 @@ def test_a_judge_counts_skipped_steps(capsys, monkeypatch):
     monkeypatch.setattr(common, "random_affine", lambda x: x * float("nan"))
     run = run_function(lambda: common.fit_judge(data, epochs=2, batch_size=4))
     check_refusal(run, "not finite in any")
+
+
+# ---- runs that made things worse -----------------------------------------------------------------
+
+BETTER = {"ur_before": 10.0, "ur_after": 1.0, "ur_interval": [0.5, 2.0], "low_confidence_after": 9}
+WORSE = {
+    "more 3s": ({"ur_after": 14.0, "ur_interval": [12.0, 16.0]}, 1),
+    "perhaps more 3s": ({"ur_after": 11.0, "ur_interval": [9.9, 13.0]}, 0),
+    "rubbish": ({"low_confidence_after": 50.5}, 1),
+    "half rubbish": ({"low_confidence_after": 50.0}, 0),
+    "both": ({"ur_interval": [99, 100], "low_confidence_after": 70.0}, 2),
+    "better": ({}, 0),
+    "no base": ({"ur_before": None, "low_confidence_after": 70.0}, 0),
+}
+
+
+@pytest.mark.parametrize("changes, expected", WORSE.values(), ids=WORSE)
+def test_what_counts_as_worse(tmp_path, changes, expected):
+    unlearn = load_script("03")
+    args = unlearn["arguments"](["--forget", "3", "--out", str(tmp_path)])
+    assert len(unlearn["reasons_of_worse"](args, {**BETTER, **changes})) == expected
+
+
+@pytest.mark.parametrize("flags", [["--quick"], ["--from-scratch", "--method", "ort"]])
+def test_a_trial_run_is_never_worse(tmp_path, flags):
+    unlearn = load_script("03")
+    args = unlearn["arguments"](["--forget", "3", *flags, "--out", str(tmp_path)])
+    assert unlearn["reasons_of_worse"](args, {**BETTER, "low_confidence_after": 70.0}) == []
+
+
+@pytest.fixture
+def worsening(small_base, monkeypatch):
+    """A full run of 03 on few images whose judge is unsure of `unsure` percent -> Run."""
+    measure = common.measure
+    monkeypatch.setattr(common, "reference_images", lambda images, quick: images[:100])
+
+    def run(unsure):
+        def measure_and_change(*args):
+            result = measure(*args)
+            return {**result, "ur": 5.0, "ur_interval": [4.0, 6.0], "low_confidence": unsure}
+
+        monkeypatch.setattr(common, "measure", measure_and_change)
+        flags = ("--steps", 2, "--batch-size", 4, "--n", 10, "--nfe", 2)
+        out = small_base.parent.parent
+        return run_script("03", "--forget", 3, *flags, "--out", out)
+
+    return run
+
+
+def content(folder):
+    """The bytes of all files of a folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_worse_run_is_saved_beside_and_replaces_nothing(small_base, worsening):
+    check_success(worsening(10))
+    (good,) = small_base.parent.glob("forget-3/[!.]*")
+    before = content(good)
+
+    for name in ("-worse", "-worse2"):
+        run = worsening(70)
+        assert run.status == 1
+        assert run.err.startswith("worse than before: the judge is unsure of 70 %")
+        assert run.err.count("\n") == 1
+        worse = good.with_name(good.name + name)
+        assert f"{worse}/" in run.err
+        assert {path.name for path in worse.iterdir()} == set(before)
+        assert json.loads((worse / "result.json").read_text())["worse"]
+    assert content(good) == before
+    left = {path.name for path in good.parent.iterdir()}
+    assert left == {good.name, f"{good.name}-worse", f"{good.name}-worse2"}
+
+
+def test_a_worse_run_is_a_row_of_the_tables(tmp_path, monkeypatch):
+    space = runpy.run_path(str(ROOT / "tests/make_tables.py"))["execute"].__globals__
+    space["PLACES"].runs = tmp_path
+
+    def main(argv):
+        folder = Path(argv[-1]) / "mnist/forget-3/ort-vp-worse"
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text("{}")
+        raise SystemExit(1)
+
+    monkeypatch.setitem(space, "load_script", lambda number: {"main": main})
+    folder = space["execute"]("a/b", "python 03_unlearn.py --forget 3")
+    assert folder.name == "ort-vp-worse"

@@ -445,7 +445,7 @@ def test_ve_table_shows_the_weight_found_with_standard_first(maker):
         "obt": maker["Choice"]("obt", (), best=0.8, reached=True),
         "ort": maker["Choice"]("ort", (), best=0.95, reached=True),
     }
-    maker["choose_ve"] = lambda method, dry: choices.get(method)
+    maker.update(choose_ve=lambda method, dry: choices.get(method))
 
     _, _, standard, obt = maker["ve_lines"](rows)
     assert standard.startswith("| standard | 10.50, FD 0.50 |")

@@ -406,7 +406,7 @@ def resume(path, model, args):
             f"{path} holds another network (was it made with --quick?); "
             "start again without --resume"
         )
-    common.refuse_other_shape(path, command, checkpoint, model.shape)
+    common.refuse_other_shape(path, command, model.net, checkpoint, model.shape)
     try:
         restore(model, checkpoint)
     except Exception as error:  # entries that do not fit raise half a dozen types
@@ -434,6 +434,8 @@ def refuse_other_training(path, args, recorded):
     The optimizers would go on with the old rates, and the random numbers with the old seed, while
     the checkpoint would say something else.
     """
+    if not isinstance(recorded, dict):
+        common.exit_with_error(f"{path} does not say how it was trained; start without --resume")
     differences = []
     for name in TRAINING_FLAGS:
         if name not in recorded:  # the file of an older version
@@ -448,9 +450,10 @@ def refuse_other_training(path, args, recorded):
             f"{path} was trained with other flags: {', '.join(differences)}; "
             "give the same again, or start a new training without --resume"
         )
-    if args.steps < recorded.get("steps", 0):
+    steps = recorded.get("steps")
+    if isinstance(steps, int) and args.steps < steps:
         common.exit_with_error(
-            f"{path} is a training of {recorded['steps']} steps, and --steps {args.steps} is less; "
+            f"{path} is a training of {steps} steps, and --steps {args.steps} is less; "
             "give as many or more"
         )
 

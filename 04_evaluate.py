@@ -123,6 +123,19 @@ def arguments(argv):
     return common.finish_args(args, full, quick)
 
 
+def check_attack(args, num_images):
+    """Hold the numbers of --relearn to the images that there are; exit with one line if they miss.
+
+    num_images  how many training images D_f has
+    """
+    if args.relearn == []:  # --relearn without a number
+        args.relearn = [k for k in (1, 10, 100) if k <= num_images]
+    if args.relearn and max(args.relearn) > num_images:
+        common.exit_with_error(
+            f"--relearn {max(args.relearn)}: D_f has only {num_images} training images"
+        )
+
+
 def relearn_counts(args):
     """List how many images of D_f the attacker has, one number per attack: [] without --relearn."""
     if args.relearn is None:
@@ -988,6 +1001,7 @@ def main(argv=None):
         args.dataset, args.data_dir, args.forget, common.cache_folders(args)
     )
     images, forget = split_images(train, test, args)
+    check_attack(args, len(images.train_f))
     nll_images = draw_nll_images(images, args)  # before the models, which draw random numbers too
 
     # ---- models

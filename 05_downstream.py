@@ -38,6 +38,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -71,12 +72,10 @@ MASKS = {"half": hides_half, "rows": hides_rows, "center": hides_center}
 
 
 def read_grey(path):
-    """Read a PNG as grey values in [0, 1], (H, W); exit with one line if it cannot be read."""
+    """Read a picture as grey values in [0, 1], (H, W); exit with one line if it cannot be read."""
     try:
-        # imread gives (H, W) for a grey PNG and (H, W, 3 or 4) for a coloured one. The fourth
-        # channel is left out: it is opacity, and 1 everywhere.
-        pixels = torch.from_numpy(common.pyplot().imread(path))
-        return torch.atleast_3d(pixels)[..., :3].mean(-1)
+        pixels = torch.from_numpy(np.array(common.read_picture(path)))  # (H, W, 3) bytes
+        return pixels.float().mean(-1) / 255
     except Exception as error:  # what is no picture raises half a dozen different types
         common.exit_with_error(
             f"--mask {path} is not one of {', '.join(MASKS)}, "

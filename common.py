@@ -2013,7 +2013,7 @@ def _open_torchvision(name, root, train, **options):
 # What counts as a picture in a folder of one's own; the rest is left out, and counted.
 PICTURE_SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp"),
-    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm"),
+    *(".jpe", ".jfif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"),
 )
 
 
@@ -2037,7 +2037,7 @@ class PictureFolder:
         for label, name in enumerate(self.classes):
             num_before = len(self.samples)
             for path in list_files(self.root / name):
-                suffix = path.suffix.lower()
+                suffix = path.suffix.lower() or path.name
                 if suffix in PICTURE_SUFFIXES:
                     self.samples.append((path, label))
                 else:
@@ -2060,19 +2060,24 @@ class PictureFolder:
         return len(self.samples)
 
     def __getitem__(self, i):
-        from PIL import Image
-
         path, label = self.samples[i]
-        with Image.open(path) as picture:
-            return _as_seen(picture), label
+        return read_picture(path), label
+
+
+def read_picture(path):
+    """Read a picture of any format and kind as a PIL picture of 8-bit RGB, as a viewer shows it.
+
+    It stands upright, as the camera was held. What is transparent becomes white. 16 bits become 8,
+    and numbers of any range become 0 to 255. Raises many kinds of exception if it is broken.
+    """
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        return _as_seen(picture)
 
 
 def _as_seen(picture):
-    """Turn a PIL picture into one of 8-bit RGB, as a viewer shows it.
-
-    Upright, as the camera was held. What is transparent becomes white. 16 bits become 8, and
-    numbers of any range become 0 to 255.
-    """
+    """Turn a PIL picture into one of 8-bit RGB; see read_picture."""
     from PIL import Image, ImageOps
 
     # Loading comes first: for some formats the size or the transparency is known only then.
@@ -2084,7 +2089,24 @@ def _as_seen(picture):
     if has_alpha or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
+        return Image.alpha_composite(white, picture).convert("RGB")
+    return _in_common_colours(picture)
+
+
+def _in_common_colours(picture):
+    """Turn a PIL picture into RGB by its colour profile, where it has one that can be used."""
+    from io import BytesIO
+
+    from PIL import ImageCms
+
+    profile = picture.info.get("icc_profile")
+    if profile and picture.mode in ("RGB", "CMYK", "L"):
+        try:
+            source = ImageCms.ImageCmsProfile(BytesIO(profile))
+            target = ImageCms.createProfile("sRGB")
+            return ImageCms.profileToProfile(picture, source, target, outputMode="RGB")
+        except (ImageCms.PyCMSError, OSError):  # a broken profile: viewers ignore it as well
+            pass
     return picture.convert("RGB")
 
 
@@ -2669,7 +2691,7 @@ def load_net(path, command, device="cpu", shape=None):
     content = load_checkpoint(path, command)
     net = build_network(UNet, content["arch"], content["ema"], path, command)
     if shape is not None:
-        refuse_other_shape(path, command, content, tuple(shape))
+        refuse_other_shape(path, command, net, content, tuple(shape))
     return net.to(device).eval()
 
 
@@ -2687,22 +2709,31 @@ def build_network(kind, arch, weights, path, command):
             f"{path} does not fit this version of common.py ({reason}); "
             f"make it again with: {command}"
         )
+    # A judge of such weights would be sure of everything, because no comparison with nan holds.
+    is_finite = [bool(torch.isfinite(value).all()) for value in net.state_dict().values()]
+    if not all(is_finite):
+        exit_with_error(
+            f"{path} has weights that are not finite: its training has diverged; "
+            f"make it again with: {command}"
+        )
     return net
 
 
-def refuse_other_shape(path, command, content, shape):
-    """Exit with one line if the UNet of a checkpoint was not made for images of this shape.
+def refuse_other_shape(path, command, net, content, shape):
+    """Exit with one line if the UNet `net` of a checkpoint was not made for images of this shape.
 
     content  the checkpoint's dict
     shape    (C, H, W)
     """
-    arch = content["arch"]
+    arch = net.arch
     channels, height, width = shape
     # Each resolution halves the one before, and there must be no half pixels.
     divisor = arch["patch"] * 2 ** (len(arch["mult"]) - 1)
     takes_size = height % divisor == 0 and width % divisor == 0
     # Any size that can be halved passes through a UNet. So 02 writes down what it was trained on.
-    trained_on = tuple(content.get("shape", shape))
+    trained_on = content.get("shape", shape)
+    if isinstance(trained_on, list):
+        trained_on = tuple(trained_on)
     if arch["channels"] == channels and takes_size and trained_on == shape:
         return
     if "shape" in content:
@@ -2935,32 +2966,30 @@ def load_judge(args, data, forget=()):
 
     # The half precision of the file becomes float32 again: the values are copied into the judge.
     judge = build_network(Judge, checkpoint["arch"], checkpoint["model"], path, command)
-    refuse_other_judge(path, command, checkpoint, data)
+    refuse_other_judge(path, command, judge, data)
+    # The judge that is shipped for MNIST was saved without a list of classes.
+    known_classes = checkpoint.get("classes")
+    if known_classes is None and args.dataset != "mnist":
+        exit_with_error(f"{path} does not say which classes; make it again with: {command}")
+    if known_classes is not None and known_classes != data.classes:
+        names = ", ".join(map(str, known_classes)) if known_classes else "none"
+        exit_with_error(
+            f"{path} knows other classes ({names}); another folder of pictures needs another --out"
+        )
     return judge.to(args.device).eval()
 
 
-def refuse_other_judge(path, command, checkpoint, data):
-    """Exit with one line if a judge knows other classes than those of a Dataset, or other images.
+def refuse_other_judge(path, command, judge, data):
+    """Exit with one line if a judge is for other numbers of channels or classes than a Dataset has.
 
-    checkpoint  the dict of its file, from which `path` and `command` are named
+    path, command  of its file, and what makes it
     """
     num_channels = data.images.shape[1]
-    arch = checkpoint["arch"]
+    arch = judge.arch
     if arch["channels"] != num_channels or arch["classes"] != len(data.classes):
         exit_with_error(
             f"{path} judges images of {arch['channels']} channels and {arch['classes']} classes, "
             f"not of {num_channels} and {len(data.classes)}; make another with: {command}"
-        )
-    known_classes = checkpoint.get("classes")
-    # The judge that is shipped for MNIST was saved without a list of classes.
-    if known_classes is None and path.parent == HERE / "data":
-        return
-    if known_classes is None:
-        exit_with_error(f"{path} does not say which classes; make it again with: {command}")
-    if known_classes != data.classes:
-        exit_with_error(
-            f"{path} knows other classes ({', '.join(map(str, known_classes))}); "
-            "another folder of pictures needs another --out"
         )
 
 

@@ -160,7 +160,7 @@ def read_kept_images(path):
 
 def as_vector(x):
     """Flatten a tensor to a NumPy vector in float64, the form in which scipy wants its state."""
-    return x.flatten().double().cpu().numpy()
+    return x.flatten().cpu().double().numpy()
 
 
 def score_sde_likelihood(net, sde, x, probe, tol=1e-5, t_min=1e-5):
@@ -256,8 +256,8 @@ def benchmark_likelihood(args, net, images):
             flush=True,
         )
 
-    bits_ours = common.bits_per_dim(ours.double().cpu(), dim)
-    bits_theirs = common.bits_per_dim(theirs.double().cpu(), dim)
+    bits_ours = common.bits_per_dim(ours.cpu().double(), dim)
+    bits_theirs = common.bits_per_dim(theirs.cpu().double(), dim)
     return {
         # The least of each: other programs can only add seconds.
         "likelihood_speedup": min(seconds["score_sde"]) / min(seconds["ours"]),
@@ -361,6 +361,8 @@ def draw(args, net, name, sampler, seed, shape, chunk_size=125):
             x = sampler.run(net, noise, common.rng(seed, k, 1))
             # Not common.save_checkpoint: that writes in the first process only.
             tmp = path.with_suffix(".tmp")
+            if not torch.isfinite(x).all():
+                common.exit_with_error(f"{name} has drawn numbers that are not finite")
             images = common.to_bytes(x.cpu())
             torch.save({"images": images}, tmp)
             os.replace(tmp, path)
@@ -446,11 +448,15 @@ def read_samplers_file(args):
         # The table says which samplers there are, not args.budgets. The budget that makes the
         # chosen sampler is its number of evaluations.
         budget = table["samplers"][chosen]["nfe"]
+        # The distances of a table of --quick say nothing about the samplers of a full run.
+        if not args.quick and table["pc_steps"] != args.pc_steps:
+            raise ValueError("another predictor-corrector")
         known = samplers(argparse.Namespace(budgets=(budget,), pc_steps=args.pc_steps))
         return table, {chosen: known[chosen], "pc": known["pc"]}
     except (OSError, ValueError, KeyError):
         common.exit_with_error(
-            f"{args.samplers_file} is missing or damaged; make it with: {SAMPLERS_COMMAND}"
+            f"{args.samplers_file} is missing, damaged or of --quick; "
+            f"make it with: {SAMPLERS_COMMAND}"
         )
 
 

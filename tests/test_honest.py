@@ -1,5 +1,6 @@
 """Settings are used or refused, and what went wrong in a training is said."""
 
+import argparse
 import json
 import runpy
 from pathlib import Path
@@ -131,6 +132,19 @@ def test_settings_that_are_no_numbers_are_refused(tmp_path, number, flags):
     run = run_script(number, "--quick", *flags.split(), "--out", tmp_path)
     check_refusal(run, "--")
     assert not list(tmp_path.rglob("*.pt"))
+
+
+@pytest.mark.parametrize("relearn, expected", [([], [1, 10]), ([7], [7]), (None, None)])
+def test_an_attack_takes_images_that_there_are(relearn, expected):
+    args = argparse.Namespace(relearn=relearn)
+    load_script("04")["check_attack"](args, 60)
+    assert args.relearn == expected
+
+
+def test_an_attack_with_more_images_than_there_are_is_refused():
+    check_attack = load_script("04")["check_attack"]
+    run = run_function(check_attack, argparse.Namespace(relearn=[1, 61]), 60)
+    check_refusal(run, "--relearn 61", "60 training images")
 
 
 # ---- steps that were left out --------------------------------------------------------------------

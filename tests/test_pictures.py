@@ -7,8 +7,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import check_refusal, check_success, run_function, run_script
-from PIL import Image
+from conftest import check_refusal, check_success, load_script, run_function, run_script
+from PIL import Image, ImageCms
 
 import common
 
@@ -217,6 +217,44 @@ def test_a_gif_counts_with_its_first_picture(tmp_path):
 
     image = read_one(tmp_path, save, "gif")
     assert image[:, 0, 0].tolist() == [255, 0, 0]
+
+
+def test_colours_are_those_of_the_profile(tmp_path):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+    def save(path):
+        Image.new("RGB", (64, 64), (10, 200, 30)).save(path, icc_profile=profile)
+
+    image = read_one(tmp_path, save)
+    assert image[:, 0, 0].tolist() == pytest.approx([10, 200, 30], abs=2)
+
+
+def test_a_broken_profile_is_ignored(tmp_path):
+    def save(path):
+        Image.new("RGB", (64, 64), (10, 200, 30)).save(path, icc_profile=b"no profile")
+
+    assert read_one(tmp_path, save)[:, 0, 0].tolist() == [10, 200, 30]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "CMYK", "YCbCr", "LA", "P"])
+def test_every_kind_of_picture_is_read(tmp_path, mode):
+    picture = Image.new("RGB", (64, 64), "white").convert(mode)
+    image = read_one(tmp_path, picture.save, "tiff")
+    assert image.min() >= 250
+
+
+def test_a_mask_is_read_as_a_viewer_shows_it(tmp_path):
+    """Bytes, 16 bits and transparency: white is hidden, whatever the file."""
+    load_mask = load_script("05")["load_mask"]
+    ramp = np.zeros((64, 64), np.uint16)
+    ramp[16:48] = 65535
+    Image.fromarray(ramp).save(tmp_path / "grey16.png")
+    grey = Image.fromarray((ramp // 257).astype(np.uint8))
+    grey.save(tmp_path / "grey.jpg", quality=95)
+    grey.convert("LA").save(tmp_path / "alpha.png")
+    for name in ("grey16.png", "grey.jpg", "alpha.png"):
+        hidden = load_mask(str(tmp_path / name), 32, 32)
+        assert hidden[0, :, 16].tolist() == [8 <= row < 24 for row in range(32)], name
 
 
 # ---- what is no picture --------------------------------------------------------------------------

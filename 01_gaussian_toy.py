@@ -38,7 +38,6 @@ Predict, then run:
 """
 
 import argparse
-import json
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -760,6 +759,7 @@ def main(argv=None):
     """Compare exact optima with learned networks, and both with what any density can do."""
     args = arguments(argv)
     out = common.make_folder(Path(args.out) / "toy")
+    common.remove_leftovers(out)
     start = time.time()
     torch.manual_seed(args.seed)
     toy = make_toy(args)
@@ -797,7 +797,7 @@ def main(argv=None):
         "skipped_steps": {name: net.skipped_steps for name, net in nets.items()},
         "args": vars(args),
     }
-    (out / "table.json").write_text(json.dumps(content, indent=1))
+    common.write_json(out / "table.json", content)
     panels = {name: nets[name] for name in ("standard", "unseen", "obt-rel")}
     draw_panels(out / "panels.png", toy, panels)
     draw_frontier(out / "frontier.png", curves, rows, bound)

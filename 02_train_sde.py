@@ -33,7 +33,6 @@ Predict, then run:
 
 import json
 import math
-import os
 import signal
 import time
 from dataclasses import dataclass
@@ -317,9 +316,8 @@ def start_log(path, first_step):
             if step_of(line) <= first_step:
                 kept.append(line + "\n")
     # Beside it first, then in one move: a crash right here must not take the log.
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text("".join(kept))
-    os.replace(unfinished, path)
+    with common.whole_file(path) as unfinished:
+        unfinished.write_text("".join(kept))
 
 
 def step_of(line):
@@ -347,7 +345,7 @@ def print_progress(args, log_path, done, mean_loss, steps_per_second, num_skippe
         line = {"step": done, "loss": mean_loss, "images_per_s": images_per_second}
         line["skipped_steps"] = num_skipped
         with log_path.open("a") as log:
-            log.write(json.dumps(line) + "\n")
+            log.write(common.json_line(line))
 
 
 class CtrlC:
@@ -613,7 +611,7 @@ def main(argv=None):
     if args.measure:
         measure_base(args)
         return
-    print("args:", json.dumps(vars(args)))
+    print("args:", common.json_line(vars(args)), end="")
 
     # ---- data: one tensor of bytes, on the GPU if there is one
     train_set, test_set = common.load_train_and_test(

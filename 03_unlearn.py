@@ -34,7 +34,6 @@ Predict, then run:
 
 import argparse
 import copy
-import json
 import math
 import os
 import sys
@@ -904,7 +903,7 @@ def write_log(path, losses, skipped):
         for i, (loss_g, loss_f) in enumerate(losses.tolist()):
             line = {"step": i + 1, "loss_g": loss_g, "loss_f": loss_f}
             line["skipped"] = i + 1 in skipped
-            log.write(json.dumps(line) + "\n")
+            log.write(common.json_line(line))
 
 
 # ---- the story -----------------------------------------------------------------------------------
@@ -945,7 +944,7 @@ def main(argv=None):
         result = report(args, data, judge, real_g, before, after, time.time() - start)
         result["skipped_steps"] = len(model.skipped)
         result["worse"] = reasons_of_worse(args, result)
-        (out / "result.json").write_text(json.dumps(result, indent=1))
+        common.write_json(out / "result.json", result)
         before_after(out / "before_after.png", data, before, after)
         title = f"{args.method}, forget {' '.join(args.forget)}, {args.sde}"
         plot_curves(out / "curves.png", losses, title)

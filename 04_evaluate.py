@@ -32,7 +32,6 @@ import argparse
 import copy
 import hashlib
 import importlib.util
-import json
 import math
 import os
 import time
@@ -979,7 +978,7 @@ def write_attack(out, args, settings, real_row, attacked):
     print(table(SAMPLE_COLUMNS, attacked))
     settings = {**settings, "steps": args.steps, "batch_size": args.batch_size, "lr": args.lr}
     content = {**settings, "real": real_row, "rows": attacked}
-    (out / "relearn.json").write_text(json.dumps(content, indent=1))
+    common.write_json(out / "relearn.json", content)
     plot_attack(out / "relearn.png", attacked, real_row["ur"])
 
 
@@ -1055,7 +1054,7 @@ def main(argv=None):
     with common.fresh_folder(finished) as out:
         (out / "table.md").write_text(text)
         content = {**settings, "judge_recall": recall, "real": real_row, "models": rows}
-        (out / "table.json").write_text(json.dumps(content, indent=1))
+        common.write_json(out / "table.json", content)
         plot_samples(out / "samples.png", names, samples, forget, train.classes)
         plot_classes(out / "classes.png", names, samples, forget, train.classes)
         if attacked:

@@ -30,7 +30,6 @@ Predict, then run:
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -860,7 +859,7 @@ def main(argv=None):
             "seconds": time.time() - start,
             "args": vars(args),
         }
-        (out / "table.json").write_text(json.dumps(content, indent=1))
+        common.write_json(out / "table.json", content)
     print(
         f"{time.time() - start:.0f} s; judged by {shown.title}; wrote {finished}/; "
         f"next: look at {finished / 'pictures.png'}"

@@ -22,6 +22,7 @@ Contents
     10  Training               EMA, Muon, set_lr, batch_parts, guarded_step, autocast
     11  Processes              ranks, share_work, wait_for_all_processes
     12  Checkpoints, folders   save_checkpoint, load_net, find_base, find_runs, fresh_folder
+        Files                  whole_file, write_json, json_line, remove_leftovers
     13  The judge on disk      judge_path, train_judge, load_judge
     14  Pictures               pyplot, tile, short_name, label_corner
     15  Command line           exit_with_error, parser, finish_args, run
@@ -58,8 +59,10 @@ import copy
 import errno
 import gzip
 import hashlib
+import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -77,6 +80,7 @@ import torch.nn.functional as F  # in formulae F is the output of the network, s
 from torch.utils.flop_counter import FlopCounterMode
 
 HERE = Path(__file__).resolve().parent
+PROGRAM_START = time.time()
 
 # ==================================================================================================
 # 0  Notation
@@ -2625,19 +2629,86 @@ def share_work(work, items):
 # ==================================================================================================
 
 
+@contextlib.contextmanager
+def path_in_errors(path):
+    """Put `path` into an OSError of the block that names no file, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Write a file as a whole or not at all: `with whole_file(path) as unfinished:`.
+
+    The block writes the file `unfinished`, which then takes the place of `path`. After an exception
+    `path` is as it was.
+    """
+    path = Path(path)
+    # In the same folder: os.replace is one indivisible move only within a file system. The process
+    # id keeps two programs out of each other's way.
+    unfinished = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    try:
+        with path_in_errors(path):
+            yield unfinished
+            os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 def save_checkpoint(path, **content):
     """Write a plain dict of tensors, numbers, strings and lists into one file.
 
     A crash leaves the old file or the new one, never half of one. Of several processes the first
-    one writes.
+    one writes. Raises OSError if the disk is full.
     """
-    path = Path(path)
     if not is_first_process():
         return
-    # In the same folder: os.replace is one indivisible move only within a file system.
-    unfinished = path.with_name(path.name + ".tmp")
-    torch.save(content, unfinished)
-    os.replace(unfinished, path)
+    with whole_file(path) as unfinished:
+        unfinished.touch()  # a folder that cannot be written to: an OSError that says why
+        try:
+            torch.save(content, unfinished)
+        except RuntimeError as error:
+            # PyTorch's C++ part does not say why a write failed, only in which of its files.
+            if "inline_container" not in str(error):
+                raise
+            reason = "no space left, or a limit on the size of files"
+            raise OSError(errno.ENOSPC, reason, str(path)) from error
+
+
+def write_json(path, content):
+    """Write a JSON file whole or not at all; of several processes the first one writes.
+
+    content  dicts, lists, strings and numbers; one that is not finite becomes null
+    """
+    if not is_first_process():
+        return
+    text = json.dumps(without_nan(content), indent=1, allow_nan=False)
+    with whole_file(path) as unfinished:
+        unfinished.write_text(text)
+
+
+def json_line(content):
+    """Return a dict as one line of JSON, for a log; a number that is not finite becomes null."""
+    return json.dumps(without_nan(content), allow_nan=False) + "\n"
+
+
+def without_nan(content):
+    """Return a copy of dicts, lists and tuples in which NaN and the infinities are None.
+
+    JSON has no such numbers. Python would write the words NaN and Infinity, at which other
+    languages' readers stop.
+    """
+    if isinstance(content, dict):
+        return {key: without_nan(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [without_nan(value) for value in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    return content
 
 
 def read_torch_file(path):
@@ -2829,23 +2900,110 @@ def fresh_folder(path):
     """Write a folder as a whole or not at all: `with fresh_folder(path) as new:`.
 
     The block writes into `new`, a hidden folder beside `path`. When the block has ended well, the
-    new folder takes the place of `path`. After an exception `path` is as it was.
+    new folder takes the place of `path`. After an exception `path` is as it was, and so it is if
+    the new folder cannot take its place. The new one then stays where it is, and a line says where.
     """
     path = Path(path)
+    if path.exists() and not path.is_dir():
+        exit_with_error(f"{path} is a file, but a folder has to be there; move it away")
     # The process id keeps two programs, and the processes of torchrun, out of each other's way.
-    new = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    old = path.with_name(f".{path.name}.old{os.getpid()}")
+    new = _hidden(path, "tmp")
+    shutil.rmtree(new, ignore_errors=True)  # an earlier program may have had the same number
     make_folder(new)
     try:
         yield new
-        if is_first_process():  # of several processes the first one's folder stays
-            # os.replace refuses a folder that is not empty: move the old one away first.
-            if path.exists():
-                os.replace(path, old)
-            os.replace(new, path)
-    finally:
+    except BaseException:  # Ctrl-C too
         shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        raise
+    if is_first_process():  # of several processes the first one's folder stays
+        _put_in_place(new, path)
+    else:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _hidden(path, kind):
+    """Return the name of a hidden folder beside `path` that belongs to this process."""
+    return path.with_name(f".{path.name}.{kind}{os.getpid()}")
+
+
+def _put_in_place(new, path):
+    """Let the finished folder `new` take the place of the folder `path`, if there is one.
+
+    Whatever interrupts it, neither the old folder nor the new one is lost.
+    """
+    old = _hidden(path, "old")
+    finished = _hidden(path, "finished")
+    try:
+        os.rename(new, finished)  # from now on nobody takes it for a leftover
+        # os.replace refuses a folder that is not empty: move the old one away first.
+        if path.exists():
+            os.replace(path, old)
+        os.replace(finished, path)
+    except BaseException:  # Ctrl-C too may fall between the two moves
+        if not path.exists() and old.exists():
+            os.rename(old, path)
+        if finished.exists():
+            print(f"{path} could not be replaced; the new one lies in {finished}", file=sys.stderr)
+        raise
+    finally:
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+LEFTOVER = re.compile(r"(?P<name>.+)\.(?P<kind>tmp|old|finished)(?P<pid>\d+)")
+
+
+def remove_leftovers(folder):
+    """Clear away what killed programs have left below a folder, whole_file's and fresh_folder's.
+
+    A folder that had been moved away, and whose successor never came, is put back. What belongs to
+    a program that still runs stays, and so does every finished folder.
+    """
+    if not is_first_process():
+        return
+    # "finished" comes before "old": where a program was killed between its two moves both are
+    # there, and the new folder was complete.
+    for path in sorted(Path(folder).rglob("*.*[0-9]")):
+        match = LEFTOVER.fullmatch(path.name)
+        if not match:
+            continue
+        with contextlib.suppress(OSError):  # another program clears away at the same time
+            if not _is_in_use(path, int(match["pid"])):
+                _clear_away(path, match["name"], match["kind"])
+
+
+def _clear_away(path, name, kind):
+    """Remove one leftover, or put it back where its folder is missing.
+
+    name, kind  of the leftover: .<name>.<kind><process id>, or <name>.tmp<process id> of a file
+    """
+    if path.is_file():
+        if kind == "tmp":
+            path.unlink()
+        return
+    if not name.startswith("."):
+        return  # no folder of ours: those are hidden
+    place = path.with_name(name.removeprefix("."))
+    if kind != "tmp" and not place.exists():
+        os.rename(path, place)
+    elif kind != "finished":
+        shutil.rmtree(path)
+
+
+def _is_in_use(path, pid):
+    """Return whether the process with this number runs on this machine and may have made `path`."""
+    if pid == os.getpid():
+        # In a container each program may have the same number, so an older file is not ours.
+        return path.stat().st_mtime >= PROGRAM_START
+    if os.name == "nt":
+        return True  # Windows cannot be asked: there os.kill would end the process
+    try:
+        os.kill(pid, 0)  # the signal 0 does nothing
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
 
 
 # ==================================================================================================
@@ -3188,7 +3346,7 @@ def finish_args(args, full, quick):
     recipe(args.dataset)  # an unknown data set ends here
     start_processes(args)
     check_device(args)  # only now: torchrun has just changed "cuda" to the GPU of this process
-    make_folder(Path(args.out) / args.dataset)
+    remove_leftovers(make_folder(Path(args.out) / args.dataset))
     torch.manual_seed(args.seed)
     # TF32 on CUDA, nothing on a CPU. A likelihood asks for "highest".
     torch.set_float32_matmul_precision("high")

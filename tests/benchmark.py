@@ -28,7 +28,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -140,10 +139,8 @@ def write_json(path, content):
     """
     if not common.is_first_process():
         return
-    # A temporary file in the same folder: os.replace is atomic only within a file system.
-    tmp = common.make_folder(path.parent) / f".{path.name}.tmp"
-    tmp.write_text(json.dumps(content, indent=1))
-    os.replace(tmp, path)
+    common.make_folder(path.parent)
+    common.write_json(path, content)
     print(f"wrote {path}", flush=True)
 
 
@@ -360,12 +357,11 @@ def draw(args, net, name, sampler, seed, shape, chunk_size=125):
             noise = common.randn((size, *shape), common.rng(seed, k), args.device)
             x = sampler.run(net, noise, common.rng(seed, k, 1))
             # Not common.save_checkpoint: that writes in the first process only.
-            tmp = path.with_suffix(".tmp")
             if not torch.isfinite(x).all():
                 common.exit_with_error(f"{name} has drawn numbers that are not finite")
             images = common.to_bytes(x.cpu())
-            torch.save({"images": images}, tmp)
-            os.replace(tmp, path)
+            with common.whole_file(path) as unfinished:
+                torch.save({"images": images}, unfinished)
             # Only the first process's lines are seen.
             print(
                 f"{name}, seed {seed}: chunk {k + 1} of {num_chunks}, {time.time() - start:.0f} s",

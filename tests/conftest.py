@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import io
+import json
 import os
 import runpy
 import subprocess
@@ -121,6 +122,24 @@ def load_weights(path, key="ema"):
 def same_weights(a, b):
     """Whether two state dicts agree to the bit."""
     return all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---- JSON ----------------------------------------------------------------------------------------
+
+
+def refuse_constant(word):
+    """What a strict reader of JSON does when it meets NaN or Infinity."""
+    raise ValueError(f"{word} is not JSON")
+
+
+def parse_json(text):
+    """Parse JSON as strictly as other languages do: Python alone knows NaN and Infinity."""
+    return json.loads(text, parse_constant=refuse_constant)
+
+
+def read_json(path):
+    """The content of a JSON file, read strictly."""
+    return parse_json(path.read_text())
 
 
 # ---- oracles -------------------------------------------------------------------------------------

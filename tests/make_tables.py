@@ -238,12 +238,21 @@ def load():
     """Return the table so far, {name: {"command": ..., the run's figures}}."""
     if not PLACES.table.exists():
         return {}
-    return json.loads(PLACES.table.read_text())
+    table = json.loads(PLACES.table.read_text())
+    return {name: with_nan(result) for name, result in table.items()}
+
+
+def with_nan(result):
+    """Return a result in which null is NaN again, so that every figure is a number.
+
+    JSON has no NaN, and common.write_json writes null in its place.
+    """
+    return {key: math.nan if value is None else value for key, value in result.items()}
 
 
 def keep(name, command, result):
     """Add one finished run to the table, and return its entry."""
-    entry = {"command": command, **result}
+    entry = {"command": command, **with_nan(result)}
     # Read again just now: another process may have added its runs.
     table = {**load(), name: entry}
     write_json(PLACES.table, dict(sorted(table.items())))

@@ -1,13 +1,12 @@
 """tests/benchmark.py: score_sde's recipe, the choice of a sampler, both commands; and shapes.py."""
 
 import argparse
-import json
 import runpy
 from collections import Counter
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, read_json
 from PIL import Image
 
 import common
@@ -115,14 +114,14 @@ def test_both_commands(benchmark, tmp_path, monkeypatch):
     report = tmp_path / "speed.json"
     argv = ("--quick", "--samplers-file", table, "--out", tmp_path / "out")
     assert run(benchmark, *argv, "--samplers", "--json", report) == 0
-    content = json.loads(table.read_text())
+    content = read_json(table)
     check_samplers_file(content)
-    check_report(json.loads(report.read_text()), content)
+    check_report(read_json(report), content)
 
     for name in ("dpmpp_sample", "pc_sample", "ode_sample"):
         monkeypatch.setattr(common, name, None)  # what is there is not drawn again
     assert run(benchmark, *argv, "--samplers") == 0
-    check_same_samplers(json.loads(table.read_text()), content)
+    check_same_samplers(read_json(table), content)
 
 
 def check_samplers_file(content):

@@ -1,6 +1,5 @@
 """The scripts through their command line: what they write, and what they say to bad input."""
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -17,6 +16,7 @@ from conftest import (
     check_success,
     load_script,
     load_weights,
+    read_json,
     run_process,
     run_script,
     same_weights,
@@ -68,7 +68,7 @@ def unlearned(request, tmp_path_factory):
     run = run_script("03", *QUICK, "--forget", 3, 7, *flags)
     check_success(run)
     folder = out / f"mnist/forget-3-7/{method}-{sde}"
-    result = json.loads((folder / "result.json").read_text())
+    result = read_json(folder / "result.json")
     return Unlearned(method, run, base, folder, result)
 
 

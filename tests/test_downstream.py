@@ -1,7 +1,6 @@
 """05: inpainting, reconstruction and their measures against closed forms; the command line."""
 
 import functools
-import json
 import math
 import sys
 import types
@@ -18,6 +17,7 @@ from conftest import (
     check_refusal,
     check_success,
     load_script,
+    read_json,
     run_process,
     run_script,
 )
@@ -390,7 +390,7 @@ def task_folder(out, task="inpaint-half"):
 
 def read_table(out, task="inpaint-half"):
     """The content of table.json of a task."""
-    return json.loads((task_folder(out, task) / "table.json").read_text())
+    return read_json(task_folder(out, task) / "table.json")
 
 
 def read_files(folder):
@@ -571,7 +571,7 @@ def measures_of_standard(tmp_path_factory):
         add_run(out)
         check_success(run_script("05", *TINY, *flags.split(), "--out", out))
         (path,) = out.glob("mnist/forget-3/downstream/*/table.json")
-        results = json.loads(path.read_text())["results"]
+        results = read_json(path)["results"]
         return [rows["Standard"] for rows in results.values()]
 
     return run

@@ -1,7 +1,6 @@
 """04: its measures against closed forms, and what it does with models, interruptions, bad input."""
 
 import argparse
-import json
 import math
 import shutil
 import sys
@@ -17,6 +16,7 @@ from conftest import (
     check_refusal,
     check_success,
     load_script,
+    read_json,
     run_process,
     run_script,
     same_weights,
@@ -329,7 +329,7 @@ def forget_folder(out):
 
 def read_table(out):
     """The content of table.json."""
-    return json.loads((forget_folder(out) / "table.json").read_text())
+    return read_json(forget_folder(out) / "table.json")
 
 
 @pytest.fixture(scope="module")
@@ -424,7 +424,7 @@ def test_table_md_holds(finished, text):
 @pytest.fixture(scope="module")
 def attacked(finished):
     """The rows of relearn.json."""
-    return json.loads((forget_folder(finished) / "relearn.json").read_text())["rows"]
+    return read_json(forget_folder(finished) / "relearn.json")["rows"]
 
 
 def test_each_unlearned_model_is_attacked(attacked):

@@ -4,14 +4,13 @@ And its table: every kept command names every hyper-parameter, so that other def
 do not change what it means.
 """
 
-import json
 import math
 import runpy
 import shutil
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, read_json
 
 import common
 
@@ -21,7 +20,7 @@ SCRIPT_NUMBERS = {"02_train_sde.py": "02", "03_unlearn.py": "03"}
 
 def kept_commands():
     """The commands of 02 and 03 in assets/tables.json, {name of the run: command}."""
-    commands = {name: entry["command"] for name, entry in json.loads(TABLE.read_text()).items()}
+    commands = {name: entry["command"] for name, entry in read_json(TABLE).items()}
     # The other entries are measured by make_tables.py itself.
     return {name: commands[name] for name in commands if "make_tables" not in commands[name]}
 
@@ -223,7 +222,7 @@ def test_a_finished_run_is_kept_and_not_repeated(maker, tmp_path, capsys):
     maker["save_time"]()
     first = maker["run"]("group/one", *argv, quick=True)
 
-    entry = json.loads((tmp_path / "tables.json").read_text())["group/one"]
+    entry = read_json(tmp_path / "tables.json")["group/one"]
     assert entry["ur_after"] == first["ur_after"]
     assert "03_unlearn.py --dataset mnist --forget 3" in entry["command"]
     assert first["command"] == entry["command"]

@@ -1,12 +1,11 @@
 """01: its numbers against independent quadrature, the released sign, and the command line."""
 
-import json
 import math
 from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import check_refusal, check_success, run_script
+from conftest import check_refusal, check_success, read_json, run_script
 
 PAPER = ([[-2, -2], [0, 0], [2, 2]], [0.8, 0.4, 0.8], [1])  # means, weights, which to forget
 OTHER = ([[-3, 0], [0, 0], [3, 0], [0, 2]], [2, 1, 3, 1], [1, 3])
@@ -242,7 +241,7 @@ def quick_run(request, tmp_path_factory):
 @pytest.fixture
 def table(quick_run):
     """The content of the table.json of a quick run."""
-    return json.loads((quick_run / "table.json").read_text())
+    return read_json(quick_run / "table.json")
 
 
 def test_which_files_are_written(quick_run):
@@ -281,7 +280,7 @@ def full_rows(tmp_path_factory):
     """The rows of the table of a full run."""
     out = tmp_path_factory.mktemp("out")
     check_success(run_script("01", "--out", out))
-    return json.loads((out / "toy/table.json").read_text())["rows"]
+    return read_json(out / "toy/table.json")["rows"]
 
 
 @pytest.mark.slow

@@ -1,0 +1,309 @@
+"""Files and folders: written whole or not at all; nothing finished is lost, nothing left over."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import check_refusal, check_success, parse_json, read_json, run_function, run_script
+
+import common
+
+QUICK = ("--dataset", "mnist", "--quick")
+
+
+def names(folder):
+    """The names of all that lies in a folder, hidden or not."""
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def dead_pid():
+    """The number of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", "pass"])
+    process.wait()
+    return process.pid
+
+
+# ---- fresh_folder: neither the old run nor the new one is lost -----------------------------------
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """The folder of a finished run, with the file "a" in it."""
+    path = tmp_path / "run"
+    path.mkdir()
+    (path / "a").write_text("old")
+    return path
+
+
+def replace_folder(path):
+    """Write the folder anew, with the file "a"."""
+    with common.fresh_folder(path) as new:
+        (new / "a").write_text("new")
+
+
+def break_replace(monkeypatch, moment, error):
+    """Let os.replace raise `error`: "before" or "after" its first move, or "second" of two."""
+    replace = os.replace
+    calls = []
+
+    def broken(source, target):
+        calls.append(source)
+        if moment == "before" or (moment == "second" and len(calls) == 2):
+            raise error
+        replace(source, target)
+        if moment == "after":
+            raise error
+
+    monkeypatch.setattr(os, "replace", broken)
+
+
+ERRORS = [OSError(5, "Input/output error"), KeyboardInterrupt()]
+
+
+@pytest.mark.parametrize("moment", ["before", "after", "second"])
+@pytest.mark.parametrize("error", ERRORS, ids=["OSError", "Ctrl-C"])
+def test_a_folder_that_cannot_be_replaced_is_put_back(run_folder, monkeypatch, moment, error):
+    break_replace(monkeypatch, moment, error)
+    with pytest.raises(type(error)):
+        replace_folder(run_folder)
+    assert (run_folder / "a").read_text() == "old"
+    assert not list(run_folder.parent.glob(".*.old*")), "the old folder stands under two names"
+
+
+@pytest.mark.parametrize("moment", ["before", "after", "second"])
+def test_a_finished_folder_survives_and_a_line_says_where(run_folder, monkeypatch, capsys, moment):
+    break_replace(monkeypatch, moment, OSError(5, "Input/output error"))
+    with pytest.raises(OSError):
+        replace_folder(run_folder)
+    (hidden,) = run_folder.parent.glob(".run.*")
+    assert (hidden / "a").read_text() == "new"
+    err = capsys.readouterr().err
+    assert str(hidden) in err
+    assert err.count("\n") == 1
+
+
+def test_an_interrupt_after_the_second_move_leaves_the_new_folder(run_folder, monkeypatch):
+    replace = os.replace
+
+    def late(source, target):
+        replace(source, target)
+        if target == run_folder:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", late)
+    with pytest.raises(KeyboardInterrupt):
+        replace_folder(run_folder)
+    assert (run_folder / "a").read_text() == "new"
+    assert names(run_folder.parent) == ["run"]
+
+
+def test_fresh_folder_does_not_mix_with_a_leftover_of_its_own_number(run_folder):
+    leftover = run_folder.with_name(f".run.tmp{os.getpid()}")
+    leftover.mkdir()
+    (leftover / "b").write_text("of a killed program")
+    replace_folder(run_folder)
+    assert names(run_folder) == ["a"]
+
+
+def test_a_file_in_the_place_of_a_folder_stays(tmp_path):
+    path = tmp_path / "run"
+    path.write_text("precious")
+    check_refusal(run_function(replace_folder, path), str(path), "is a file")
+    assert path.read_text() == "precious"
+    assert names(tmp_path) == ["run"]
+
+
+# ---- leftovers of killed programs ----------------------------------------------------------------
+
+
+def make_leftover(path):
+    """A folder with one file, as a killed program leaves it."""
+    path.mkdir(parents=True)
+    (path / "a").write_text(path.name)
+    return path
+
+
+def test_leftovers_of_dead_processes_are_removed(tmp_path, run_folder, dead_pid):
+    make_leftover(tmp_path / f".run.tmp{dead_pid}")
+    make_leftover(tmp_path / f".run.old{dead_pid}")
+    make_leftover(tmp_path / f"forget-3/kept/.new.tmp{dead_pid}")
+    (tmp_path / f"forget-3/kept/x.pt.tmp{dead_pid}").write_text("half")
+    (tmp_path / f"base.pt.tmp{dead_pid}").write_text("half")
+    common.remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["forget-3", "run"]
+    assert names(tmp_path / "forget-3/kept") == []
+    assert (run_folder / "a").read_text() == "old"
+
+
+def test_an_old_folder_whose_successor_is_missing_is_put_back(tmp_path, dead_pid):
+    make_leftover(tmp_path / f".run.old{dead_pid}")
+    make_leftover(tmp_path / f".run.tmp{dead_pid}")
+    common.remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["run"]
+    assert (tmp_path / "run/a").read_text() == f".run.old{dead_pid}"
+
+
+def test_a_program_killed_between_the_two_moves_has_finished(tmp_path, dead_pid):
+    make_leftover(tmp_path / f".run.old{dead_pid}")
+    make_leftover(tmp_path / f".run.finished{dead_pid}")
+    common.remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["run"]
+    assert (tmp_path / "run/a").read_text() == f".run.finished{dead_pid}"
+
+
+def test_a_finished_folder_that_found_no_place_stays(tmp_path, run_folder, dead_pid):
+    finished = make_leftover(tmp_path / f".run.finished{dead_pid}")
+    common.remove_leftovers(tmp_path)
+    assert finished.exists()
+    assert (run_folder / "a").read_text() == "old"
+
+
+@pytest.mark.parametrize("pid", [os.getpid(), os.getppid()], ids=["itself", "another"])
+def test_what_a_running_process_writes_stays(tmp_path, pid):
+    folder = make_leftover(tmp_path / f".run.tmp{pid}")
+    file = tmp_path / f"base.pt.tmp{pid}"
+    file.write_text("in work")
+    common.remove_leftovers(tmp_path)
+    assert folder.exists()
+    assert file.exists()
+
+
+def test_an_earlier_program_with_the_same_number_is_dead(tmp_path):
+    """In a container every program may have the same number."""
+    file = tmp_path / f"base.pt.tmp{os.getpid()}"
+    file.write_text("half")
+    os.utime(file, (common.PROGRAM_START - 60, common.PROGRAM_START - 60))
+    common.remove_leftovers(tmp_path)
+    assert not file.exists()
+
+
+@pytest.mark.parametrize("name", ["photos.tmp2", "run", ".hidden.tmpx", "base.pt.tmp"])
+def test_other_names_are_no_leftovers(tmp_path, name):
+    folder = make_leftover(tmp_path / name)
+    common.remove_leftovers(tmp_path)
+    assert folder.exists()
+
+
+STARTS = {
+    "02": (*QUICK, "--resume"),
+    "03": (*QUICK, "--forget", 11),
+    "04": (*QUICK, "--forget", 11),
+    "05": (*QUICK, "--forget", 11),
+}
+
+
+@pytest.mark.parametrize("number", STARTS)
+def test_every_script_clears_away_when_it_starts(tmp_path, dead_pid, number):
+    make_leftover(tmp_path / f"mnist/forget-3/.run.tmp{dead_pid}")
+    (tmp_path / f"mnist/base.pt.tmp{dead_pid}").write_text("half")
+    run = run_script(number, *STARTS[number], "--out", tmp_path)  # ends soon: bad input
+    assert run.status == 2
+    assert not list(tmp_path.rglob("*.tmp*"))
+
+
+# ---- single files --------------------------------------------------------------------------------
+
+
+def test_an_interrupted_file_leaves_the_old_one_and_nothing_else(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), common.whole_file(path) as unfinished:
+        unfinished.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["a"]
+
+
+def test_two_processes_do_not_share_an_unfinished_file(tmp_path, monkeypatch):
+    with common.whole_file(tmp_path / "a") as mine:
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        with common.whole_file(tmp_path / "a") as other:
+            assert mine != other
+            other.write_text("other")
+        mine.write_text("mine")
+    assert (tmp_path / "a").read_text() == "mine"
+
+
+# ---- JSON ----------------------------------------------------------------------------------------
+
+
+NOT_FINITE = {
+    "nan": math.nan,
+    "rows": [{"fd": math.inf, "n": 3}, (1.5, -math.inf)],
+    "name": "NaN",
+    "yes": True,
+}
+FINITE = {"nan": None, "rows": [{"fd": None, "n": 3}, [1.5, None]], "name": "NaN", "yes": True}
+
+
+def test_write_json_writes_null_for_what_is_not_finite(tmp_path):
+    common.write_json(tmp_path / "a.json", NOT_FINITE)
+    assert read_json(tmp_path / "a.json") == FINITE
+
+
+def test_json_line_is_one_line_with_null_for_what_is_not_finite():
+    line = common.json_line(NOT_FINITE)
+    assert line.count("\n") == 1
+    assert line.endswith("\n")
+    assert parse_json(line) == FINITE
+
+
+def test_write_json_leaves_the_old_file_when_it_fails(tmp_path):
+    path = tmp_path / "a.json"
+    common.write_json(path, {"old": 1})
+    with pytest.raises(TypeError):
+        common.write_json(path, {"new": torch.zeros(1)})
+    assert read_json(path) == {"old": 1}
+    assert names(tmp_path) == ["a.json"]
+
+
+def read_all_json(folder):
+    """Parse every .json and .jsonl below a folder strictly -> {name: content}."""
+    result = {}
+    for path in folder.rglob("*.json"):
+        result[path.name] = read_json(path)
+    for path in folder.rglob("*.jsonl"):
+        result[path.name] = [parse_json(line) for line in path.read_text().splitlines()]
+    return result
+
+
+@pytest.fixture
+def broken_measures(monkeypatch):
+    """Distances are infinite and ratios NaN, as those of a model that has broken down can be."""
+    measure = common.measure
+
+    def measure_nothing(*args):
+        return {**measure(*args), "class_min_ratio": math.nan}
+
+    monkeypatch.setattr(common, "measure", measure_nothing)
+    monkeypatch.setattr(common, "frechet_distance", lambda *_: math.inf)
+
+
+@pytest.fixture
+def broken_losses(monkeypatch):
+    """The loss of D_g is infinite. Its gradient is not, so training goes on."""
+    dsm_loss = common.dsm_loss
+
+    def infinite_loss(*args, **more):
+        return dsm_loss(*args, **more) + math.inf
+
+    monkeypatch.setattr(common, "dsm_loss", infinite_loss)
+
+
+def test_every_script_writes_strict_json(tmp_path, small_base, broken_measures, broken_losses):
+    out = ("--out", tmp_path)
+    forget = ("--forget", 3, *out)
+    training = ("--steps", 2, "--batch-size", 8)
+    check_success(run_script("02", *QUICK, *training, "--width", 8, "--without", 3, *out))
+    check_success(run_script("03", *QUICK, *training, "--n", 10, "--method", "ort", *forget))
+    check_success(run_script("04", *QUICK, "--n", 20, "--nll", "none", *forget))
+    check_success(run_script("05", *QUICK, "--n", 3, "--steps", 2, *forget))
+    found = read_all_json(tmp_path)
+    assert set(found) == {"log.jsonl", "result.json", "table.json"}
+    assert found["result.json"]["fd_after"] is None
+    assert found["result.json"]["class_min_ratio"] is None
+    assert {line["loss_g"] for line in found["log.jsonl"]} == {None}

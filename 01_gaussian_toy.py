@@ -724,7 +724,9 @@ def arguments(argv):
     parser.add_argument("--seed", type=common.number(int, 0), default=0)
     parser.add_argument("--out", default="out")
     parser.add_argument(
-        "--quick", action="store_true", help="the same path with few steps and samples"
+        "--quick",
+        action="store_true",
+        help="the same path with few steps and samples, in <out>/quick",
     )
     args = parser.parse_args(argv)
 
@@ -755,9 +757,19 @@ def make_toy(args):
     return Toy(means, args.weights, args.forget)
 
 
+def next_command(args):
+    """Return the command to try next: a --quick run of 02 with the same --out."""
+    where = {"dataset": "mnist", "data_dir": None, "out": args.out, "device": None}
+    args_of_02 = argparse.Namespace(**where, quick=True)
+    if not args.quick:  # else args.out is the folder of --quick already
+        common.separate_quick(args_of_02)
+    return common.command_line("02_train_sde.py", args_of_02)
+
+
 def main(argv=None):
     """Compare exact optima with learned networks, and both with what any density can do."""
     args = arguments(argv)
+    common.separate_quick(args)
     out = common.make_folder(Path(args.out) / "toy")
     common.remove_leftovers(out)
     start = time.time()
@@ -803,7 +815,7 @@ def main(argv=None):
     draw_frontier(out / "frontier.png", curves, rows, bound)
     print(
         f"{time.time() - start:.0f} s; wrote {out}/table.json, panels.png, frontier.png; "
-        "next: python 02_train_sde.py --quick"
+        f"next: {next_command(args)}"
     )
 
 

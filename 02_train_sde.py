@@ -22,8 +22,9 @@ says what a sample shows. --measure prints the same figures for real images besi
 folder PATH has one sub-folder per class. 03 and 04 run under torchrun too.
 
 Writes out/<dataset>/: base.pt (model, average, optimizers: all that --resume needs), log.jsonl, and
-every 5,000 steps samples_*.png (the last row is real). Expect on MNIST for the loss, which is
-printed as v-loss: 0.26 after 300 steps, 0.18 after 5,000, 0.16 at the end.
+every 5,000 steps samples_*.png (the last row is real). Another or a longer training that lies there
+is replaced only with --overwrite. Expect on MNIST for the loss, which is printed as v-loss: 0.26
+after 300 steps, 0.18 after 5,000, 0.16 at the end.
 
 Predict, then run:
   1. At which noise level sigma is the loss highest? Why is it low in between? ("loss by noise")
@@ -45,13 +46,14 @@ import common
 
 # ---- arguments -----------------------------------------------------------------------------------
 
+QUICK = {"steps": 30, "n": 200, "width": 32}  # the defaults that differ under --quick
+
 
 def arguments(argv):
     """Read the command line: refuse what makes no sense and fill in what the user has left open."""
     args = flags().parse_args(argv)
     refuse(args)
-    quick = {"steps": 30, "n": 200, "width": 32}  # the defaults that differ under --quick
-    return common.finish_args(args, defaults(args), quick)
+    return common.finish_args(args, defaults(args), QUICK)
 
 
 def flags():
@@ -85,6 +87,11 @@ def flags():
         help="channels of the U-Net at its top, a multiple of 8 (default: see common.RECIPES)",
     )
     p.add_argument("--resume", action="store_true", help="go on from base.pt")
+    p.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="begin again where a longer or another training lies",
+    )
     p.add_argument("--save-every", type=common.number(int, 1), default=1000)
     p.add_argument("--sample-every", type=common.number(int, 1), default=5000)
     p.add_argument(
@@ -108,6 +115,8 @@ def refuse(args):
         common.exit_with_error(
             "--judge and --measure of celeba are about attributes: name them, e.g. --without bangs"
         )
+    if args.resume and args.overwrite:
+        common.exit_with_error("--resume goes on and --overwrite begins again: give one of them")
     if args.width and args.width % 8:
         common.exit_with_error(
             f"--width {args.width}: a multiple of 8 is needed, for the groups of its norms"
@@ -253,11 +262,12 @@ def objective(args, net, sde, x_g):
 # ---- the training loop ---------------------------------------------------------------------------
 
 
-def train(args, data, model, path, first_step):
+def train(args, data, model, path, first_step, kept_steps):
     """Show the network images at random noise levels and ask it for the noise, again and again.
 
     path        of the checkpoint; log.jsonl and the grids of samples go beside it
     first_step  0, or the step to go on with
+    kept_steps  of the training in `path`, which is replaced only by as many
 
     Returns True at the end, False if Ctrl-C was pressed before.
     """
@@ -295,7 +305,8 @@ def train(args, data, model, path, first_step):
             loss_sum = torch.zeros_like(loss_sum)
         if done % args.sample_every == 0 or done == args.steps:
             show(args, data, model.ema.net, path.with_name(f"samples_{done:06d}.png"), done)
-        if done % args.save_every == 0 or done == args.steps or ctrl_c.pressed:
+        is_due = done % args.save_every == 0 or done == args.steps or ctrl_c.pressed
+        if is_due and done >= kept_steps:
             save(path, done, model, args)
         if ctrl_c.pressed:
             print(f"\nstopped at step {done}; go on with the same command and --resume")
@@ -395,23 +406,23 @@ def resume(path, model, args):
 
     Exits with one line if the checkpoint is missing, or holds a network of another architecture.
     """
-    command = f"python 02_train_sde.py --dataset {args.dataset}"
+    left_out = ["--without", *args.without] if args.without else []
+    command = common.command_line("02_train_sde.py", args, *left_out)
+    if path.exists():
+        command += " --overwrite"
     keys = ("arch", "model", "ema", "optimizers", "step", "rng", "args")
     checkpoint = common.load_checkpoint(path, command, keys)
     refuse_other_training(path, args, checkpoint["args"])
     if checkpoint["arch"] != model.net.arch:
         common.exit_with_error(
-            f"{path} holds another network (was it made with --quick?); "
-            "start again without --resume"
+            f"{path} holds another network; choose another --out, or begin again with: {command}"
         )
     common.refuse_other_shape(path, command, model.net, checkpoint, model.shape)
     try:
         restore(model, checkpoint)
     except Exception as error:  # entries that do not fit raise half a dozen types
         reason = str(error).splitlines()[0]
-        common.exit_with_error(
-            f"{path} cannot be resumed ({reason}); start again without --resume: {command}"
-        )
+        common.exit_with_error(f"{path} cannot be resumed ({reason}); begin again with: {command}")
     print(f"resumed {path} at step {checkpoint['step']}")
     return checkpoint["step"]
 
@@ -434,19 +445,11 @@ def refuse_other_training(path, args, recorded):
     """
     if not isinstance(recorded, dict):
         common.exit_with_error(f"{path} does not say how it was trained; start without --resume")
-    differences = []
-    for name in TRAINING_FLAGS:
-        if name not in recorded:  # the file of an older version
-            continue
-        old = plain(recorded[name])
-        new = plain(getattr(args, name))
-        if old != new:
-            flag = "--" + name.replace("_", "-")
-            differences.append(f"{flag} was {old} and is now {new}")
+    differences = differing_flags(args, recorded)
     if differences:
         common.exit_with_error(
             f"{path} was trained with other flags: {', '.join(differences)}; "
-            "give the same again, or start a new training without --resume"
+            "give the same again, or begin again with --overwrite instead of --resume"
         )
     steps = recorded.get("steps")
     if isinstance(steps, int) and args.steps < steps:
@@ -454,6 +457,20 @@ def refuse_other_training(path, args, recorded):
             f"{path} is a training of {steps} steps, and --steps {args.steps} is less; "
             "give as many or more"
         )
+
+
+def differing_flags(args, recorded, names=TRAINING_FLAGS):
+    """List which flags differ from those of a checkpoint, in words; see TRAINING_FLAGS."""
+    differences = []
+    for name in names:
+        if name not in recorded:  # the file of an older version
+            continue
+        old = plain(recorded[name])
+        new = plain(getattr(args, name))
+        if old != new:
+            flag = "--" + name.replace("_", "-")
+            differences.append(f"{flag} was {old} and is now {new}")
+    return differences
 
 
 def plain(value):
@@ -486,8 +503,51 @@ def checkpoint_path(args, forget_names):
     if not args.without:
         return Path(args.out) / args.dataset / "base.pt"
     folder = common.forget_folder(args.out, args.dataset, forget_names)
-    run_name = common.run_name("unseen", args.sde, True, args.seed)  # True: from scratch
+    run_name = common.run_name(args, usual_values(args), is_scratch=True)
+    if args.sde != "any":  # the plain name belongs to 03 --method unseen --from-scratch
+        run_name = common.shorten(f"{run_name}-02", 100)
     return common.make_folder(folder / run_name) / "model.pt"
+
+
+def usual_values(args):
+    """Return what the flags of a run like this are if none is given, as a dict."""
+    usual = flags().parse_args(["--dataset", args.dataset])
+    usual.quick = args.quick
+    common.fill_defaults(usual, defaults(usual), QUICK)
+    usual.steps = args.steps  # they name no folder: --resume with more of them goes on in its own
+    return vars(usual)
+
+
+def steps_to_keep(args, path):
+    """Return how many steps the training in `path` has that this run begins again; 0 if none.
+
+    Until the new one has come as far, the old one stays. Exits with one line if the new one is
+    another training, or is to be shorter: only --overwrite replaces such a file.
+    """
+    if args.quick or args.overwrite or args.resume or not path.exists():
+        return 0
+    try:
+        content = common.read_torch_file(path)
+        known = content.get("args") or {}
+        num_steps = int(content.get("step") or 0)
+    except Exception:  # damaged: half a dozen types, and nothing that could be lost
+        print(f"{path} cannot be read: it is replaced")
+        return 0
+
+    # The place of the data may change while a training is stopped, but not be another from the
+    # first step on.
+    differences = differing_flags(args, known, ("data_dir", *TRAINING_FLAGS))
+    if num_steps > args.steps:
+        differences.append(f"--steps was {num_steps} and is now {args.steps}")
+    if not known:
+        differences.append("its flags are not known")
+    if differences:
+        common.exit_with_error(
+            f"{path} holds another training ({', '.join(differences)}): go on with that by "
+            "--resume, replace it by --overwrite, or choose another --out"
+        )
+    print(f"{path} has {num_steps:,} steps: it stays until this training has come as far")
+    return num_steps
 
 
 # ---- measures and pictures -----------------------------------------------------------------------
@@ -571,7 +631,7 @@ def measure_base(args):
     less than 80 % sure. Real test images get the same measures, as many as there are samples: that
     is the best that a model can hope for at this n.
     """
-    path, command = common.find_base(args.out, args.dataset)  # command: what makes it, for an error
+    path, command = common.find_base(args)  # command: what makes it, for an error
     train_set, test_set = common.load_train_and_test(
         args.dataset, args.data_dir, args.without, common.cache_folders(args)
     )
@@ -601,6 +661,20 @@ def measure_base(args):
 # ---- the story -----------------------------------------------------------------------------------
 
 
+def next_command(args, classes):
+    """Return the command to try next: 03 on what was left out, or else on the last class."""
+    base, base_command = common.find_base(args)
+    if not base.exists():  # an Unseen model of data without a Standard one, which 03 begins with
+        return base_command
+    forget = args.without or classes[-1:]
+    if args.dataset == "celeba" and not args.without:
+        forget = ["bangs"]  # its only class is "other", until attributes are named
+    flags = ["--forget", *forget]
+    if args.sde != "any":  # the model knows the noise of one SDE only
+        flags += ["--sde", args.sde]
+    return common.command_line("03_unlearn.py", args, *flags)
+
+
 def main(argv=None):
     """Train the Standard model, or the judge, or measure the model that is there."""
     args = arguments(argv)
@@ -624,22 +698,26 @@ def main(argv=None):
         args.forget = data.forget_names
     path = checkpoint_path(args, data.forget_names)
 
-    # ---- model: from scratch
-    model = make_model(args, data.images.shape[1:])
-    first_step = resume(path, model, args) if args.resume else 0
+    with common.locked(path):  # two trainings must not write one file in turns
+        kept_steps = steps_to_keep(args, path)
+        if args.without and not args.resume and common.is_first_process():
+            # 04 and 05 name it if the model is damaged. The base is made by a plainer command.
+            command = common.own_command("02_train_sde.py", argv)
+            path.with_name("command.txt").write_text(f"{command}\n")
 
-    # ---- loop
-    is_finished = train(args, data, model, path, first_step)
+        # ---- model: from scratch
+        model = make_model(args, data.images.shape[1:])
+        first_step = resume(path, model, args) if args.resume else 0
+
+        # ---- loop
+        is_finished = train(args, data, model, path, first_step, kept_steps)
 
     # ---- outputs: all written by now
     if first_step == args.steps:
         print(f"nothing was left to do: {path} has all its {args.steps} steps")
     elif is_finished:
         common.refuse_skipped(model.num_skipped, args.steps)
-        classes = " ".join(args.without or ["<class>"])
-        print(
-            f"wrote {path}; next: python 03_unlearn.py --dataset {args.dataset} --forget {classes}"
-        )
+        print(f"wrote {path}; next: {next_command(args, train_set.classes)}")
 
 
 if __name__ == "__main__":

@@ -23,8 +23,9 @@ siss, erasediff, ascent and unseen are rivals of the paper's methods. --from-scr
 random weights and minimises both losses from the first step on. An attribute of CelebA can also be
 forgotten by its absence: not_bangs.
 
-Writes out/<dataset>/forget-<names>/<method>-<sde>[-scratch][-s<seed>]/: model.pt, result.json,
-log.jsonl, curves.png, before_after.png. Expect with --forget 3: see README.
+Writes out/<dataset>/forget-<names>/<method>-<sde>[-<flag><value>...][-scratch][-s<seed>]/, where a
+flag is named if it was given and changes the model: model.pt, result.json, log.jsonl, curves.png,
+before_after.png. Expect with --forget 3: see README.
 
 Predict, then run:
   1. Which digits pay for the forgetting of 3?            (class_counts in result.json)
@@ -78,13 +79,14 @@ BELONGS_TO = {
 
 # ---- arguments -----------------------------------------------------------------------------------
 
+QUICK = {"steps": 5, "batch_size": 16, "n": 40, "nfe": 4}  # the defaults that differ under --quick
+
 
 def arguments(argv):
     """Read the command line: refuse what makes no sense and fill in what the user has left open."""
     args = flags().parse_args(argv)
     refuse(args)
-    quick = {"steps": 5, "batch_size": 16, "n": 40, "nfe": 4}  # what differs under --quick
-    return common.finish_args(args, defaults(args), quick)
+    return common.finish_args(args, defaults(args), QUICK)
 
 
 def flags():
@@ -336,11 +338,11 @@ def load_base(args, shape):  # <-- 03
     Unlearning starts from it. obt-rel and --retain distill also compare with it in each step. With
     --from-scratch it is only sampled from, for the "before" of the pictures and measures.
     """
-    path, command = common.find_base(args.out, args.dataset)
+    path, command = common.find_base(args)
     if not path.exists() and not args.from_scratch:
         common.exit_with_error(
-            f"{path} not found; make it with: {command}, "
-            "or do without a Standard model: --from-scratch --method ort | obt"
+            f"{path} not found (--from-scratch --method ort | obt does without it); "
+            f"make it with: {command}"
         )
     if not path.exists():
         return None
@@ -349,7 +351,7 @@ def load_base(args, shape):  # <-- 03
 
 def print_settings(args, base):
     """Print which file the Standard model `base` is from, if there is one, and the settings."""
-    path, _ = common.find_base(args.out, args.dataset)
+    path, _ = common.find_base(args)
     settings = []
     for name in ("steps", "lr", "alpha", "kappa", "eta", "c"):
         value = getattr(args, name)
@@ -665,11 +667,23 @@ def save(path, step, model, args):
 
 
 def output_folder(args, forget_names):
-    """Return the folder of this run: out/<dataset>/forget-<names>/<name of the run>."""
+    """Return the folder of this run: out/<dataset>/forget-<names>/<name of the run>.
+
+    What was chosen by a flag is in its name, so two runs have one folder only if they are the same.
+    """
     folder = common.forget_folder(args.out, args.dataset, forget_names)
-    # The two forms of Ort must not overwrite each other.
-    method = "ort-inner" if args.ort == "inner" else args.method
-    return folder / common.run_name(method, args.sde, args.from_scratch, args.seed)
+    return folder / common.run_name(args, usual_values(args), args.from_scratch)
+
+
+def usual_values(args):
+    """Return what the flags of a run like this are if none is given, as a dict."""
+    method = ["--method", args.method, "--sde", args.sde]
+    usual = flags().parse_args(["--dataset", args.dataset, "--forget", "any", *method])
+    usual.quick = args.quick
+    usual.from_scratch = args.from_scratch
+    common.fill_defaults(usual, defaults(usual), QUICK)
+    usual.ort = "elementwise"  # what None stands for
+    return vars(usual)
 
 
 def set_apart_if_worse(args, result, out, folder):
@@ -912,6 +926,7 @@ def write_log(path, losses, skipped):
 def main(argv=None):
     """Make a model forget, and measure what that has done and what it has cost."""
     args = arguments(argv)
+    args.command = common.own_command("03_unlearn.py", argv)  # 04 names it if model.pt is damaged
     start = time.time()
 
     # ---- data: D_g to keep and D_f to forget, as indices into one tensor of bytes  # <-- 03
@@ -919,6 +934,7 @@ def main(argv=None):
         args.dataset, args.data_dir, args.forget, common.cache_folders(args)
     )
     data = split_data(args, train_set, test_set)
+    folder = output_folder(args, data.forget_names)  # by the flags: before alpha is computed
     set_alpha(args, data)  # <-- 03
 
     # ---- model: a copy of the Standard model, which itself stays as obt-rel's reference  # <-- 03
@@ -927,11 +943,11 @@ def main(argv=None):
     judge = common.load_judge(args, train_set, data.forget_names)
 
     # fresh_folder: if this run fails, the folder of an earlier one stays as it was.
-    folder = output_folder(args, data.forget_names)
-    with common.fresh_folder(folder) as out:
+    with common.locked(folder), common.fresh_folder(folder) as out:
         before = None
         if model.base is not None:
             before = draw_samples(args, model.base, model.sde, judge, shape, "samples before")
+            common.warn_if_unfit(args, before.verdict)
 
         # ---- loop
         losses = train(args, data, model)
@@ -948,9 +964,13 @@ def main(argv=None):
         before_after(out / "before_after.png", data, before, after)
         title = f"{args.method}, forget {' '.join(args.forget)}, {args.sde}"
         plot_curves(out / "curves.png", losses, title)
+        if before is not None:
+            common.warn_if_unfit(args, before.verdict)  # again: nobody scrolls up
         set_apart_if_worse(args, result, out, folder)
     picture = folder / "before_after.png"
-    print(f"{time.time() - start:.0f} s; wrote {folder}/; next: look at {picture}")
+    command = common.command_line("04_evaluate.py", args, "--forget", *data.forget_names)
+    seconds = time.time() - start
+    print(f"{seconds:.0f} s; wrote {folder}/; next: look at {picture}, then: {command}")
 
 
 if __name__ == "__main__":

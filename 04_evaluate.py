@@ -208,14 +208,12 @@ def find_models(args, forget_names, folder, shape):
     Standard comes first, then Unseen where there is one, then the others by name. Exits with one
     line that names the command to run when nothing has been unlearned yet.
     """
-    command = f"python 03_unlearn.py --dataset {args.dataset} --forget {' '.join(forget_names)}"
-    if args.out != "out":
-        command += f" --out {args.out}"
-    runs = common.find_runs(folder, command)
+    runs = common.find_runs(args, forget_names)
     if not runs:
+        command = common.command_line("03_unlearn.py", args, "--forget", *forget_names)
         common.exit_with_error(f"no unlearned model in {folder}; make one with: {command}")
 
-    base_path, base_command = common.find_base(args.out, args.dataset)
+    base_path, base_command = common.find_base(args)
     # The Standard model may come without its arguments: the row then says None.
     base_args = common.load_checkpoint(base_path, base_command).get("args") or {}
     models = [load_model(args, "standard", base_path, base_command, base_args, shape)]
@@ -225,6 +223,7 @@ def find_models(args, forget_names, folder, shape):
         return (runs[path]["method"] != "unseen", path)
 
     for path in sorted(runs, key=unseen_first):
+        command = common.run_command(args, path, forget_names)
         models.append(load_model(args, path.parent.name, path, command, runs[path], shape))
     return models
 
@@ -992,7 +991,7 @@ def move_files(source, target):
 
 
 def main(argv=None):
-    """Measure all models alike, attack them if asked to, and write the tables and pictures."""
+    """Find the images and the models, and evaluate the models on them."""
     args = arguments(argv)
 
     # ---- data
@@ -1007,6 +1006,24 @@ def main(argv=None):
     forget_names = [train.classes[i] for i in forget]
     folder = common.forget_folder(args.out, args.dataset, forget_names)
     models = find_models(args, forget_names, folder, train.images.shape[1:])
+
+    with common.locked(folder / "table.md"):  # two evaluations must not write one table in turns
+        evaluate(args, train, images, forget, nll_images, models)
+    next_command = common.command_line("05_downstream.py", args, "--forget", *forget_names)
+    print(f"wrote {folder}/table.md; next: {next_command}")
+
+
+def evaluate(args, train, images, forget, nll_images, models):
+    """Measure the models, attack them if asked to, and write the tables and pictures.
+
+    train       the training Dataset
+    images      Images of D_g and D_f
+    forget      indices of the classes of D_f
+    nll_images  from draw_nll_images
+    models      list of Model, the Standard model first
+    """
+    forget_names = [train.classes[i] for i in forget]
+    folder = common.forget_folder(args.out, args.dataset, forget_names)
     judge = common.load_judge(args, train, forget_names)
     # No TF32 on CUDA: a likelihood adds up thousands of small terms, and 10 bits are too coarse.
     torch.set_float32_matmul_precision("highest")
@@ -1032,9 +1049,12 @@ def main(argv=None):
     # ---- measures
     samples = [sample(setup, model) for model in models]
     standard = samples[0]  # find_models puts the Standard model first
+    warning = common.warn_if_unfit(args, standard["verdict"])
     rows = measure_models(setup, models, samples, nll_images)
     real_row, recall = measure_real_images(setup, images, standard)
     text = report(args, rows, real_row, recall, len(nll_images) // 2)
+    if warning:
+        text += f"\n{warning}\n"
     print(text)  # now, because an attack can take hours more
     attacked = attack(setup, models, rows, standard, images.train_f)
 
@@ -1060,9 +1080,6 @@ def main(argv=None):
         if attacked:
             write_attack(out, args, settings, real_row, attacked)
     move_files(finished, folder)
-
-    flags = f"--dataset {args.dataset} --forget {' '.join(forget_names)}"
-    print(f"wrote {folder}/table.md; next: python 05_downstream.py {flags}")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ Predict, then run:
 """
 
 import argparse
+import hashlib
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -617,19 +619,20 @@ def load_models(args, forget_names, folder, shape):
     Standard comes first, then FIRST_METHODS, then any others. Exits with one line if there are no
     runs, or not those of --runs.
     """
-    base_path, base_command = common.find_base(args.out, args.dataset)
-    classes = " ".join(forget_names)
-    command = f"python 03_unlearn.py --dataset {args.dataset} --forget {classes}"
+    base_path, base_command = common.find_base(args)
+    command = common.command_line("03_unlearn.py", args, "--forget", *forget_names)
 
     method_of = {}  # path of model.pt -> method
-    for path, trained_args in common.find_runs(folder, command).items():
+    for path, trained_args in common.find_runs(args, forget_names).items():
         method_of[path] = trained_args["method"]
     available = {path.parent.name for path in method_of}
     wanted = set(args.runs or available)
-    if not available or not wanted <= available:
-        what = "such --runs" if available else "unlearned model"
-        there = ", ".join(sorted(available)) or "nothing"
-        common.exit_with_error(f"no {what} in {folder} (there: {there}); make one with: {command}")
+    if not available:
+        common.exit_with_error(f"no unlearned model in {folder}; make one with: {command}")
+    if not wanted <= available:
+        unknown = ", ".join(sorted(wanted - available))
+        there = ", ".join(sorted(available))
+        common.exit_with_error(f"--runs: no {unknown} in {folder}; choose from: {there}")
 
     message = f"base: {base_path}"
     missing = [method for method in FIRST_METHODS if method not in method_of.values()]
@@ -651,7 +654,8 @@ def load_models(args, forget_names, folder, shape):
         if run in wanted:
             # As in a table: "obt-rel-vp" is "Obt-rel". VP is the default and goes without saying.
             name = run.removesuffix("-vp").capitalize()
-            models[name] = common.load_net(path, command, args.device, shape)
+            run_command = common.run_command(args, path, forget_names)
+            models[name] = common.load_net(path, run_command, args.device, shape)
     return models
 
 
@@ -754,7 +758,9 @@ def draw_grid(ax, setup, columns, verdicts, index):
 
     for column, title in enumerate(columns):
         left = column * width
-        ax.text(left + width / 2, -2, title, ha="center", fontsize=8)
+        # The name of a run can be long: it is broken at its hyphens, and grows upwards.
+        lines = textwrap.fill(title, 13)
+        ax.text(left + width / 2, -2, lines, ha="center", va="bottom", fontsize=8)
         if title not in verdicts:
             continue  # the originals and the masked images get no label
         for row, label in enumerate(verdicts[title].labels[index].tolist()):
@@ -789,7 +795,12 @@ def output_name(args):
     """Return the name of the folder for this task; each mask and each sampler has its own."""
     if args.task == "reconstruct":
         return "reconstruct"
-    name = f"inpaint-{Path(args.mask).name}"
+    name = f"inpaint-{args.mask}"
+    if args.mask not in MASKS:
+        # a/hole.png and b/hole.png are two masks: their content tells them apart.
+        mask = Path(args.mask)
+        checksum = hashlib.sha256(mask.read_bytes()).hexdigest()[:8]
+        name = f"inpaint-{common.shorten(mask.stem, 60)}-{checksum}"
     if args.paper:
         name += "-paper"
     return name
@@ -799,7 +810,7 @@ def output_name(args):
 
 
 def main(argv=None):
-    """Restore the same images with every model in every way; write what became of them."""
+    """Find the images and the models, and restore the images with every model."""
     args = arguments(argv)
     start = time.time()
 
@@ -820,6 +831,7 @@ def main(argv=None):
     folder = common.forget_folder(args.out, args.dataset, forget_names)
     models = load_models(args, forget_names, folder, test.images.shape[1:])
     judge = common.load_judge(args, test, forget_names)
+    common.warn_if_unfit(args)
 
     # The Frechet distance compares with training images of D_g: the test images are the ones that
     # are restored, and they would be compared with themselves.
@@ -837,10 +849,25 @@ def main(argv=None):
         clip=clip,
     )
 
+    finished = folder / "downstream" / output_name(args)
+    with common.locked(finished):  # two programs must not do one task side by side
+        restore_all(setup, models, finished, start)
+    common.warn_if_unfit(args)  # again: nobody scrolls up
+
+
+def restore_all(setup, models, finished, start):
+    """Restore the same images with every model in every way; write what became of them.
+
+    models    {name: network}
+    finished  the folder to write
+    start     when the program began, in seconds
+    """
+    args = setup.args
+
     # ---- restore, judge, measure
     results = {}  # {title of the way: {name of the model: measures}}
     shown = None  # the Attempt that says most about forgetting: it is drawn and named at the end
-    for title, method in make_methods(args, hidden).items():
+    for title, method in make_methods(args, setup.hidden).items():
         attempt = attempt_all(setup, models, title, method)
         results[title] = measure_all(setup, attempt)
         print_table(title, results[title])
@@ -848,7 +875,6 @@ def main(argv=None):
             shown = attempt
 
     # ---- outputs
-    finished = folder / "downstream" / output_name(args)
     with common.fresh_folder(finished) as out:
         draw_pictures(out / "pictures.png", setup, shown)
         if args.task == "reconstruct":

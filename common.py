@@ -21,11 +21,11 @@ Contents
      9  Data                   RECIPES, load_dataset, dequantize, draw_batch, split_forget
     10  Training               EMA, Muon, set_lr, batch_parts, guarded_step, autocast
     11  Processes              ranks, share_work, wait_for_all_processes
-    12  Checkpoints, folders   save_checkpoint, load_net, find_base, find_runs, fresh_folder
+    12  Checkpoints, folders   save_checkpoint, load_net, find_base, find_runs, run_name, locked
         Files                  whole_file, write_json, json_line, remove_leftovers
     13  The judge on disk      judge_path, train_judge, load_judge
     14  Pictures               pyplot, tile, short_name, label_corner
-    15  Command line           exit_with_error, parser, finish_args, run
+    15  Command line           exit_with_error, parser, finish_args, command_line, run
 
 Words and symbols of all files
 
@@ -63,6 +63,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -78,6 +79,11 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F  # in formulae F is the output of the network, see "The circle"
 from torch.utils.flop_counter import FlopCounterMode
+
+try:
+    import fcntl  # locks of files; Windows has no such module
+except ImportError:
+    fcntl = None
 
 HERE = Path(__file__).resolve().parent
 PROGRAM_START = time.time()
@@ -2817,16 +2823,47 @@ def refuse_other_shape(path, command, net, content, shape):
     )
 
 
-def find_base(out, dataset):
-    """Find the Standard model: (its path, the command that makes it).
+def find_base(args):
+    """Find the Standard model that a run with `args` needs: (its path, the command that makes it).
 
     It is out/<dataset>/base.pt if there is one, else the file that is shipped in data/. If neither
     exists, the path is the first one.
     """
-    command = f"python 02_train_sde.py --dataset {dataset}"
-    own = Path(out) / dataset / "base.pt"
-    shipped = HERE / "data" / f"{dataset}_base.pt"
-    return _own_or_shipped(own, shipped), command
+    own = Path(args.out) / args.dataset / "base.pt"
+    shipped = HERE / "data" / f"{args.dataset}_base.pt"
+    # 02 replaces a file that is there only with --overwrite.
+    flags = ["--overwrite"] if own.exists() else []
+    return _own_or_shipped(own, shipped), command_line("02_train_sde.py", args, *flags)
+
+
+def warn_if_unfit(args, verdict=None):
+    """Say loudly if the Standard model is not fit to be unlearned, and return what was said.
+
+    args     of the run that uses the model
+    verdict  the judge's Verdict on samples of the model, or None if there are none yet
+
+    A model that draws noise has an unlearning ratio near 0 before it has forgotten anything. The
+    table then looks like a success.
+    """
+    path, command = find_base(args)
+    faults = []
+    steps = load_checkpoint(path, command).get("step")
+    usual_steps = RECIPES[args.dataset]["train"]["steps"]
+    # A file that does not say how long it was trained is taken on trust.
+    if steps is not None and steps < usual_steps / 10:
+        faults.append(f"it was trained for {steps:,} steps, where {usual_steps:,} are usual")
+    if verdict is not None:
+        unsure = (verdict.confidence < 0.8).float().mean().item()
+        if unsure > 0.5:
+            faults.append(f"the judge is unsure of {100 * unsure:.0f} % of its samples")
+    if not faults:
+        return ""
+    text = (
+        f"WARNING: {path} is hardly a Standard model: {'; '.join(faults)}. "
+        "Figures that start from it say little about unlearning."
+    )
+    print(text, flush=True)
+    return text
 
 
 def _own_or_shipped(own, shipped):
@@ -2836,36 +2873,106 @@ def _own_or_shipped(own, shipped):
     return own
 
 
-def find_runs(folder, command):
-    """Find the finished runs of 02 and 03 in a forget_folder: {path of model.pt: args of the run}.
+def find_runs(args, forget_names):
+    """Find the finished runs of 02 and 03 for these classes: {path of model.pt: args of the run}.
 
-    The dict is sorted by path and may be empty. command is the command that makes such a run, for
-    error messages.
+    The dict is sorted by path and may be empty.
     """
+    folder = forget_folder(args.out, args.dataset, forget_names)
     runs = {}
     for path in sorted(Path(folder).glob("*/model.pt")):
         if path.parent.name.startswith("."):  # fresh_folder hides a run that is not finished
             continue
-        args = load_checkpoint(path, command, ("arch", "ema", "args"))["args"]
-        if not isinstance(args, dict) or "method" not in args:
+        command = run_command(args, path, forget_names)
+        run_args = load_checkpoint(path, command, ("arch", "ema", "args"))["args"]
+        if not isinstance(run_args, dict) or "method" not in run_args:
             exit_with_error(f"{path} does not say by which method; make it again with: {command}")
-        runs[path] = args
+        runs[path] = run_args
     return runs
+
+
+def run_command(args, path, forget_names):
+    """Return the command that makes a run again whose model.pt is at `path`, for error messages.
+
+    args  of the script that prints it
+    """
+    note = path.with_name("command.txt")
+    if note.exists():  # 02 leaves it
+        return note.read_text().strip()
+    try:
+        return json.loads(path.with_name("result.json").read_text())["args"]["command"]
+    except (OSError, ValueError, LookupError, TypeError):
+        pass  # damaged too, or of an older version
+    if path.parent.name.startswith("unseen-any-"):
+        return command_line("02_train_sde.py", args, "--without", *forget_names)
+    return command_line("03_unlearn.py", args, "--forget", *forget_names)
 
 
 def forget_folder(out, dataset, names):
     """Return the folder for all that concerns one forget set: out/<dataset>/forget-<names>."""
-    return Path(out) / dataset / f"forget-{'-'.join(names)}"
+    return Path(out) / dataset / f"forget-{join_names(names)}"
 
 
-def run_name(method, sde, scratch, seed):
-    """Return the name of one run's folder: <method>-<sde>[-scratch][-s<seed>], without -s0."""
-    name = f"{method}-{sde}"
-    if scratch:
-        name += "-scratch"
-    if seed:
-        name += f"-s{seed}"
-    return name
+# In the name of a file "-" stands between two classes. So a "-" within a class becomes "+", and
+# what cannot stand in a file name, or has a meaning here, becomes its number after a "%".
+ESCAPES = {ord("-"): "+"}
+for character in ("/", "\\", "%", "+", *map(chr, range(32))):
+    ESCAPES[ord(character)] = f"%{ord(character):02X}"
+
+
+def join_names(names):
+    """Join the names of classes into a part of a file name, another one for each list of names."""
+    return shorten("-".join(name.translate(ESCAPES) for name in names), 150)
+
+
+def shorten(name, limit):
+    """Cut a name to at most `limit` bytes; a checksum at its end then tells it from others."""
+    content = name.encode(errors="surrogateescape")
+    if len(content) <= limit:
+        return name
+    checksum = hashlib.sha256(content).hexdigest()[:10]
+    return f"{content[: limit - 11].decode(errors='ignore')}-{checksum}"
+
+
+# The flags that a run's folder is named after, in this order: all that change the model.
+NAMED_FLAGS = """
+    alpha kappa eta c ort retain log_sigma wide uniform_t steps batch_size lr ema width grad_accum
+""".split()
+
+
+def run_name(args, usual, is_scratch):
+    """Return the name of one run's folder: <method>-<sde>[-<flag><value>...][-scratch][-s<seed>].
+
+    args        of the run, before anything is computed from them
+    usual       dict of what its flags are if none is given; a flag with another value is named
+    is_scratch  whether the run begins with random weights
+
+    The default run of a method is obt-rel-vp, another one obt-rel-vp-kappa2-steps1000.
+    """
+    parts = [args.method, args.sde]
+    for flag in NAMED_FLAGS:
+        part = flag_part(flag, getattr(args, flag, None))
+        if part and part != flag_part(flag, usual.get(flag)):
+            parts.append(part)
+    if is_scratch:
+        parts.append("scratch")
+    if args.seed:
+        parts.append(f"s{args.seed}")
+    return shorten("-".join(parts), 100)
+
+
+def flag_part(flag, value):
+    """Spell a flag and its value as a part of a folder's name; "" for a flag without a value."""
+    name = flag.replace("_", "-")
+    if value is None or value is False:
+        return ""
+    if value is True:
+        return name
+    if isinstance(value, str):
+        return f"{name}-{value}"
+    values = value if isinstance(value, (list, tuple)) else [value]
+    # Python spells a number with as many digits as tell it from all others; 2.0 becomes 2.
+    return name + "_".join(str(number).removesuffix(".0") for number in values)
 
 
 def fingerprint(*tensors):
@@ -2893,6 +3000,45 @@ def make_folder(path):
             f"cannot write to {path} ({error.strerror or error}); choose another folder with --out"
         )
     return Path(path)
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Let no other program write `path`, a file or a folder: `with locked(path):`.
+
+    Exits with one line if another program has the lock. It ends with the block, and with the
+    program, however that ends. Where the system has no such locks nothing is locked.
+    """
+    path = Path(path)
+    # Of the processes of torchrun the first one writes.
+    if fcntl is None or not is_first_process():
+        yield
+        return
+    # The file goes with the block. What a killed program leaves is harmless, and remove_leftovers
+    # clears it away.
+    lock = make_folder(path.parent) / f".{path.name}.lock"
+    with lock.open("a") as file:
+        if not take_lock(file, lock):
+            exit_with_error(
+                f"another program is writing {path}: wait until it has ended, "
+                "or choose another folder with --out"
+            )
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)  # before it is unlocked: nobody else's file goes
+
+
+def take_lock(file, path):
+    """Lock an open file, which has this path, and return whether that succeeded."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Its last owner may have removed the file just now. A lock on it would stop nobody.
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except (BlockingIOError, FileNotFoundError):
+        return False
+    except OSError:  # a file system without locks
+        return True
 
 
 @contextlib.contextmanager
@@ -2970,6 +3116,10 @@ def remove_leftovers(folder):
         with contextlib.suppress(OSError):  # another program clears away at the same time
             if not _is_in_use(path, int(match["pid"])):
                 _clear_away(path, match["name"], match["kind"])
+    for lock in Path(folder).rglob(".*.lock"):
+        with contextlib.suppress(OSError), lock.open("a") as file:
+            if fcntl is None or take_lock(file, lock):
+                lock.unlink()
 
 
 def _clear_away(path, name, kind):
@@ -3016,7 +3166,7 @@ def _judge_file(args, forget):
     if args.dataset != "celeba":
         return "judge.pt"
     # The attributes to forget decide what CelebA's classes are: a judge for each choice of them.
-    return f"judge-{'-'.join(forget)}.pt"
+    return f"judge-{join_names(forget)}.pt"
 
 
 def judge_path(args, forget=()):
@@ -3029,19 +3179,10 @@ def judge_path(args, forget=()):
 
 def judge_command(args, forget=()):
     """Return the command that makes the judge that a run with `args` needs, for error messages."""
-    argv = ["--dataset", args.dataset, "--judge", "--out", str(args.out)]
-    if args.data_dir:
-        argv += ["--data-dir", str(args.data_dir)]
-    if getattr(args, "cache_dir", None):
-        argv += ["--cache-dir", str(args.cache_dir)]
-    if args.quick:
-        argv += ["--quick"]
-    if args.device:
-        argv += ["--device", str(args.device)]
     if args.dataset == "celeba":
         # CelebA has attributes and no classes: the attributes to forget decide what a class is.
-        argv += ["--without", *forget]
-    return "python 02_train_sde.py " + " ".join(argv)
+        return command_line("02_train_sde.py", args, "--judge", "--without", *forget)
+    return command_line("02_train_sde.py", args, "--judge")
 
 
 def train_judge(args, forget=(), seed=0):
@@ -3052,7 +3193,7 @@ def train_judge(args, forget=(), seed=0):
     seed    of the judge's initial weights and batches
 
     The weights are saved in half precision, which halves the file. Under --quick the training is
-    too short for good verdicts. The file says so, and load_judge then takes it for --quick only.
+    too short for good verdicts, and the file lies where only --quick looks for it.
     """
     path = make_folder(Path(args.out) / args.dataset) / _judge_file(args, forget)
     train, test = load_train_and_test(args.dataset, args.data_dir, forget, cache_folders(args))
@@ -3075,7 +3216,6 @@ def train_judge(args, forget=(), seed=0):
         arch=judge.arch,
         model=weights,
         classes=train.classes,
-        quick=args.quick,
         accuracy=accuracy.item(),
     )
     print(f"test accuracy {100 * accuracy:.2f} % on {len(is_right)} images; wrote {path}")
@@ -3093,10 +3233,7 @@ def refuse_unknown_to_judge(train):
 
 
 def load_judge(args, data, forget=()):
-    """Load the judge for the Dataset `data` in eval mode on args.device; train it first if needed.
-
-    Training is needed when there is no judge yet, or only one of a --quick run, which shows that
-    the code works but judges badly. A --quick run itself takes what is there.
+    """Load the judge for the Dataset `data` in eval mode on args.device; train it if there is none.
 
     args    of a script: dataset, data_dir, out, quick and device are read
     forget  names of the attributes that are CelebA's classes; other data sets ignore it
@@ -3107,20 +3244,14 @@ def load_judge(args, data, forget=()):
     keys = ("arch", "model")
 
     path = judge_path(args, forget)
-    checkpoint = None
-    if path.exists():
-        checkpoint = load_checkpoint(path, command, keys)
-    too_quick = checkpoint is not None and checkpoint.get("quick") and not args.quick
-
-    if checkpoint is None or too_quick:
+    if not path.exists():
         # Training draws random numbers. Put the generator back afterwards, so that the run that
         # had to train a judge and the next one, which finds it, give the same results.
         rng_state = torch.get_rng_state()
         train_judge(args, forget)
         torch.set_rng_state(rng_state)
         wait_for_all_processes()  # only the first process writes the file that all of them read
-        path = judge_path(args, forget)  # a new judge goes to out/ and wins over the shipped one
-        checkpoint = load_checkpoint(path, command, keys)
+    checkpoint = load_checkpoint(path, command, keys)
 
     # The half precision of the file becomes float32 again: the values are copied into the judge.
     judge = build_network(Judge, checkpoint["arch"], checkpoint["model"], path, command)
@@ -3311,7 +3442,7 @@ def parser(doc, **defaults):
     p.add_argument(
         "--quick",
         action="store_true",
-        help="the same path with few steps and samples: does it run?",
+        help="the same path with few steps and samples, in <out>/quick: does it run?",
     )
     p.set_defaults(**defaults)
     return p
@@ -3343,6 +3474,7 @@ def finish_args(args, full, quick):
     Exits with one line for an unknown data set, and for a device or folder that cannot be used.
     """
     fill_defaults(args, full, quick)
+    separate_quick(args)
     recipe(args.dataset)  # an unknown data set ends here
     start_processes(args)
     check_device(args)  # only now: torchrun has just changed "cuda" to the GPU of this process
@@ -3362,6 +3494,49 @@ def fill_defaults(args, full, quick):
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+
+
+def separate_quick(args):
+    """Let a --quick run read and write in <out>/quick, where no full run looks for anything."""
+    if args.quick:
+        args.out = str(Path(args.out) / "quick")
+
+
+def command_line(script, args, *flags):
+    """Return a command that works as it is printed: a shell takes it without a change.
+
+    script  name of the file, e.g. "03_unlearn.py"
+    args    of the run that prints it; the command reads and writes in the same places
+    flags   its own flags and their values, e.g. "--forget", "3", "7"
+    """
+    argv = ["python", script_path(script), "--dataset", args.dataset, *map(str, flags)]
+    if args.data_dir:
+        argv += ["--data-dir", str(args.data_dir)]
+    if getattr(args, "cache_dir", None):  # 01 has no such flag
+        argv += ["--cache-dir", str(args.cache_dir)]
+    out = Path(args.out)
+    if args.quick:
+        out = out.parent  # --quick will add its folder again, see separate_quick
+        argv += ["--quick"]
+    if str(out) != "out":
+        argv += ["--out", str(out)]
+    if args.device == "cpu" and torch.cuda.is_available():
+        argv += ["--device", "cpu"]
+    return shlex.join(argv)
+
+
+def own_command(script, argv):
+    """Return the command with which this program was started, for its records.
+
+    argv  the arguments of main; None stands for those of the command line
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    return shlex.join(["python", script_path(script), *argv])
+
+
+def script_path(script):
+    """Return how a shell finds a script from here: by its name alone in the project's folder."""
+    return script if Path.cwd() == HERE else str(HERE / script)
 
 
 def start_processes(args):

@@ -594,7 +594,7 @@ def benchmark_training(args, arch, images):
 
 def load_base(args, shape):
     """Load the Standard model, which is measured and not trained here, for images (C, H, W)."""
-    path, command = common.find_base(args.out, args.dataset)
+    path, command = common.find_base(args)
     return common.load_net(path, command, args.device, shape).requires_grad_(False)
 
 

@@ -94,23 +94,34 @@ def arguments(out, **changes):
     return argparse.Namespace(**{**values, **changes})
 
 
+def quick(out):
+    """The folder in which a run with --quick and --out `out` reads and writes."""
+    return out / "quick"
+
+
+def only_run(out, dataset="mnist"):
+    """The folder of the one run of 03 that there is with --quick and --out `out`."""
+    (path,) = quick(out).glob(f"{dataset}/forget-*/[!.]*/result.json")
+    return path.parent
+
+
 def write_small_base(out):
-    """Save a Standard model with random weights where the scripts look first -> its path.
+    """Save a Standard model with random weights where --quick looks first -> its path.
 
     One evaluation of it takes a ninth of the shipped model's work.
     """
     shipped = torch.load(common.HERE / "data/mnist_base.pt", weights_only=True)
     arch = {**shipped["arch"], "width": 16}
     torch.manual_seed(0)
-    path = out / "mnist/base.pt"
-    path.parent.mkdir()
+    path = quick(out) / "mnist/base.pt"
+    path.parent.mkdir(parents=True)
     common.save_checkpoint(path, arch=arch, ema=common.UNet(**arch).state_dict())
     return path
 
 
 @pytest.fixture
 def small_base(tmp_path):
-    """The path of a small Standard model with random weights, for runs with --out tmp_path."""
+    """The path of a small Standard model with random weights, for --quick --out tmp_path."""
     return write_small_base(tmp_path)
 
 

@@ -315,9 +315,16 @@ def execute(name, command):
         if stop.code != 1:
             raise
         # 1: it made things worse. The search for a weight goes that far, and its row says so.
-    (path,) = folder.glob("mnist/*/*/result.json")
+    (path,) = find_files(folder, "result.json")
     (folder / "command.txt").write_text(command)  # for `network`
     return path.parent
+
+
+def find_files(folder, name):
+    """List the files of this name that the run of 03 in a folder has left, or left once before."""
+    # **: with --quick 03 writes into a folder quick/ in there. [!.]: the folder of a run that was
+    # killed begins with a dot.
+    return list(folder.glob(f"**/mnist/*/[!.]*/{name}"))
 
 
 def run(name, *argv, quick=False, dry=False):
@@ -628,7 +635,8 @@ def run_standard(name, steps=3000, quick=False, dry=False):
 
     Its learning rate and average are those of 03 --from-scratch, so that the two compare.
     """
-    path = run_folder(name) / "mnist" / "base.pt"
+    out = run_folder(name) / "quick" if quick else run_folder(name)  # 02 adds the folder itself
+    path = out / "mnist" / "base.pt"
     steps = 3 if quick else steps
     argv = ["--dataset", "mnist", "--sde", "any", "--steps", steps, "--batch-size", 64]
     argv += ["--lr", 8e-3, "--ema", 0.999, "--log-sigma", -1.0, 1.4, "--wide", 0.1]
@@ -672,7 +680,7 @@ def measure_standard(path, command, quick):
         draw_samples = load_script("03")["draw_samples"]
         return draw_samples(args, net, common.VP(), judge, data.images.shape[1:], label).verdict
 
-    standard = common.load_net(*common.find_base(PLACES.runs, "mnist"))
+    standard = load_standard()
     verdict_before = draw(standard, "samples before")
     verdict_after = draw(common.load_net(path, command), "samples")
     images_g = data.images[data.labels != 3]
@@ -717,10 +725,9 @@ def network(name):
     the same up to what rounding does to 200 steps.
     """
     if name == "standard":
-        return common.load_net(*common.find_base(PLACES.runs, "mnist"))
+        return load_standard()
     command = load()[name]["command"]
-    # [!.]: the folder of a run that was killed begins with a dot.
-    found = list(run_folder(name).glob("mnist/*/[!.]*/model.pt"))
+    found = find_files(run_folder(name), "model.pt")
     # A run that was killed before it came into the table may have left another model here.
     note = run_folder(name) / "command.txt"
     if note.exists() and note.read_text() not in (command, f"{command} --n 10"):
@@ -729,10 +736,22 @@ def network(name):
     return common.load_net(path, command)
 
 
+def load_standard():
+    """Load the Standard model with which all runs of 03 begin."""
+    return common.load_net(*common.find_base(standard_args()))
+
+
+def standard_args():
+    """Return the arguments by which common.find_base finds that model."""
+    return argparse.Namespace(
+        dataset="mnist", data_dir=None, out=PLACES.runs, device="cpu", quick=False
+    )
+
+
 def measured_model(name):
     """Return what says which model has a name: the command of its run, or Standard's digest."""
     if name == "standard":
-        path, _ = common.find_base(PLACES.runs, "mnist")
+        path, _ = common.find_base(standard_args())
         return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     return load().get(name, {}).get("command")
 

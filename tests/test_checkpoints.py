@@ -11,6 +11,7 @@ from conftest import (
     check_refusal,
     check_success,
     load_script,
+    quick,
     run_function,
     run_script,
     same_weights,
@@ -117,7 +118,7 @@ def base(small_base):
 def write_base(out, base, **changes):
     """Write the base again with some entries changed; None leaves an entry out."""
     content = {name: value for name, value in {**base, **changes}.items() if value is not None}
-    common.save_checkpoint(out / "mnist/base.pt", **content)
+    common.save_checkpoint(quick(out) / "mnist/base.pt", **content)
 
 
 def unet_content(**arch):
@@ -134,7 +135,7 @@ def test_a_base_for_other_images_is_refused(tmp_path, base, what):
     if what == "sides":  # 28 cannot be halved four times
         changes = unet_content(mult=(1, 1, 1, 1), attn=(False,) * 4)
     write_base(tmp_path, base, **changes)
-    path = tmp_path / "mnist/base.pt"
+    path = quick(tmp_path) / "mnist/base.pt"
     run = run_function(common.load_net, path, "the command", "cpu", SHAPE)
     check_refusal(run, "base.pt", "(1, 28, 28)", "the command")
 
@@ -148,7 +149,7 @@ def test_each_script_compares_the_base_with_its_images(tmp_path, base, number, f
 
 @pytest.mark.parametrize("number", ["04", "05"])
 def test_a_run_for_other_images_is_refused(tmp_path, base, number):
-    folder = tmp_path / "mnist/forget-3/ort-vp"
+    folder = quick(tmp_path) / "mnist/forget-3/ort-vp"
     folder.mkdir(parents=True)
     args = {"method": "ort", "sde": "vp", "seed": 0}
     common.save_checkpoint(folder / "model.pt", **unet_content(channels=3), args=args)
@@ -158,7 +159,7 @@ def test_a_run_for_other_images_is_refused(tmp_path, base, number):
 
 @pytest.mark.parametrize("args", [None, {}, 7])
 def test_a_run_without_a_method_is_refused(tmp_path, base, args):
-    folder = tmp_path / "mnist/forget-3/ort-vp"
+    folder = quick(tmp_path) / "mnist/forget-3/ort-vp"
     folder.mkdir(parents=True)
     common.save_checkpoint(folder / "model.pt", **base, args=args)
     run = run_script("04", *QUICK, "--forget", 3, "--out", tmp_path)
@@ -179,7 +180,7 @@ NO_BASE = {
 @pytest.mark.parametrize("changes", NO_BASE.values(), ids=NO_BASE)
 def test_a_base_without_what_it_needs_is_refused(tmp_path, base, changes):
     write_base(tmp_path, base, **changes)
-    run = run_function(common.load_net, tmp_path / "mnist/base.pt", "the command")
+    run = run_function(common.load_net, quick(tmp_path) / "mnist/base.pt", "the command")
     check_refusal(run, "base.pt", "the command")
 
 
@@ -235,7 +236,7 @@ def stopped(tmp_path_factory):
     """The --out of a training of two steps, and the content of its base.pt."""
     out = tmp_path_factory.mktemp("stopped")
     check_success(run_script("02", *QUICK, *TRAINING, "--steps", 2, "--out", out))
-    return out, torch.load(out / "mnist/base.pt", weights_only=True)
+    return out, torch.load(quick(out) / "mnist/base.pt", weights_only=True)
 
 
 def misfits(content):

@@ -16,6 +16,8 @@ from conftest import (
     check_success,
     load_script,
     load_weights,
+    only_run,
+    quick,
     read_json,
     run_process,
     run_script,
@@ -67,7 +69,7 @@ def unlearned(request, tmp_path_factory):
     flags = ("--method", method, "--sde", sde, "--out", out)
     run = run_script("03", *QUICK, "--forget", 3, 7, *flags)
     check_success(run)
-    folder = out / f"mnist/forget-3-7/{method}-{sde}"
+    folder = quick(out) / f"mnist/forget-3-7/{method}-{sde}"
     result = read_json(folder / "result.json")
     return Unlearned(method, run, base, folder, result)
 
@@ -122,16 +124,18 @@ def test_unlearn_saves_the_network_that_was_trained(unlearned):
 
 
 @pytest.mark.slow
-def test_every_method_with_every_sde_gives_other_weights(tmp_path, small_base):
+def test_every_method_with_every_sde_gives_other_weights(tmp_path):
     """Seven methods and Ort's second reading, four SDEs: 32 runs, 32 different models."""
     flags = {method: ("--method", method) for method in METHODS}
     flags["ort-inner"] = ("--method", "ort", "--ort", "inner")
     seen = {}
     for name, method in flags.items():
         for sde in common.SDES:
-            argv = (*method, "--sde", sde, *SHORT, "--steps", 3, "--out", tmp_path)
+            out = tmp_path / f"{name}-{sde}"
+            write_small_base(out)
+            argv = (*method, "--sde", sde, *SHORT, "--steps", 3, "--out", out)
             check_success(run_script("03", *QUICK, "--forget", 3, *argv))
-            weights = load_weights(tmp_path / f"mnist/forget-3/{name}-{sde}/model.pt")
+            weights = load_weights(only_run(out) / "model.pt")
             for other, other_weights in seen.items():
                 assert not same_weights(weights, other_weights), f"{name}-{sde} is {other}"
             seen[f"{name}-{sde}"] = weights
@@ -144,7 +148,7 @@ def test_from_scratch_quick(tmp_path, small_base, method):
     flags = ("--method", method, "--from-scratch", *SHORT, "--out", tmp_path)
     run = run_script("03", *QUICK, "--forget", 3, *flags)
     check_success(run)
-    folder = tmp_path / f"mnist/forget-3/{method}-vp-scratch"
+    folder = quick(tmp_path) / f"mnist/forget-3/{method}-vp-scratch"
     width = common.load_net(folder / "model.pt", "").arch["width"]
     assert "from scratch" in run.out
     assert (folder / "result.json").exists(), "no result.json"
@@ -164,9 +168,10 @@ def test_ddpm_forget_loss_is_applied(tmp_path):
     loss = {}
     for method, own in own_flags.items():
         training = ("--steps", 60, "--lr", 1e-3, "--ema", 0.9)
-        argv = ("--method", method, "--sde", "ddpm", *training, *SHORT, *own, "--out", tmp_path)
+        out = tmp_path / method
+        argv = ("--method", method, "--sde", "ddpm", *training, *SHORT, *own, "--out", out)
         check_success(run_script("03", *QUICK, "--forget", 3, *argv))
-        net = common.load_net(tmp_path / f"mnist/forget-3/{method}-ddpm/model.pt", "")
+        net = common.load_net(only_run(out) / "model.pt", "")
         torch.manual_seed(0)
         with torch.no_grad():
             t = common.uniform_t(500, sde)
@@ -180,8 +185,8 @@ def test_ddpm_forget_loss_is_applied(tmp_path):
 def test_seed_names_a_folder_and_changes_the_run(tmp_path, small_base):
     for seed in (0, 1):
         check_success(run_script("03", *QUICK, "--forget", 3, "--seed", seed, "--out", tmp_path))
-    first = load_weights(tmp_path / "mnist/forget-3/obt-rel-vp/model.pt")
-    second = load_weights(tmp_path / "mnist/forget-3/obt-rel-vp-s1/model.pt")
+    first = load_weights(quick(tmp_path) / "mnist/forget-3/obt-rel-vp/model.pt")
+    second = load_weights(quick(tmp_path) / "mnist/forget-3/obt-rel-vp-s1/model.pt")
     assert not same_weights(first, second)
 
 
@@ -189,7 +194,7 @@ def short_run(out, *flags):
     """The weights after a few steps of 03 from a small base."""
     write_small_base(out)
     check_success(run_script("03", *QUICK, "--forget", 3, *SHORT, *flags, "--out", out))
-    return load_weights(out / "mnist/forget-3/obt-rel-vp/model.pt")
+    return load_weights(only_run(out) / "model.pt")
 
 
 @pytest.fixture(scope="module")
@@ -245,11 +250,11 @@ def test_train_without_a_class(tmp_path):
     """02 --without: the Unseen model goes where 04 looks, and the base's place stays free."""
     run = run_script("02", *QUICK, "--steps", 2, "--without", 3, 7, "--out", tmp_path)
     check_success(run)
-    model = tmp_path / "mnist/forget-3-7/unseen-any-scratch/model.pt"
+    model = quick(tmp_path) / "mnist/forget-3-7/unseen-any-scratch/model.pt"
     trained = torch.load(model, weights_only=True)["args"]
     assert "47,604 images" in run.out
     assert "--forget 3 7" in run.out
-    assert not (tmp_path / "mnist/base.pt").exists(), "the Unseen model took the base's place"
+    assert not (quick(tmp_path) / "mnist/base.pt").exists(), "the base's place is taken"
     assert trained["method"] == "unseen"
     assert trained["forget"] == ["3", "7"]
 
@@ -258,7 +263,7 @@ def test_own_base_is_preferred_and_named(tmp_path):
     check_success(run_script("02", *QUICK, "--steps", 2, "--width", 16, "--out", tmp_path))
     run = run_script("03", *QUICK, "--forget", 3, "--out", tmp_path)
     check_success(run)
-    assert str(tmp_path / "mnist/base.pt") in run.out
+    assert str(quick(tmp_path) / "mnist/base.pt") in run.out
 
 
 def test_shipped_base_is_named(tmp_path):
@@ -281,12 +286,13 @@ def test_judge_is_good_after_one_epoch(judge_run):
     assert float(accuracy[1]) >= 90
 
 
-def test_judge_knows_that_it_was_quick(judge_run):
-    assert load_weights(judge_run[1] / "mnist/judge.pt", key="quick") is True
+def test_a_quick_judge_lies_where_no_full_run_looks(judge_run):
+    assert common.judge_path(arguments(judge_run[1])) == common.HERE / "data/mnist_judge.pt"
 
 
 def test_judge_can_be_loaded(judge_run):
-    args = arguments(judge_run[1], quick=True)
+    args = arguments(quick(judge_run[1]), quick=True)
+    assert common.judge_path(args) == quick(judge_run[1]) / "mnist/judge.pt"
     judge = common.load_judge(args, common.load_dataset("mnist"))
     assert isinstance(judge, common.Judge)
 
@@ -357,7 +363,7 @@ BAD_FLAGS = {
 @pytest.mark.parametrize("flags, word", BAD_FLAGS.values(), ids=BAD_FLAGS.keys())
 def test_bad_input_is_one_line_and_touches_nothing(tmp_path, flags, word):
     """A line says what is wrong or what is valid, and a finished run stays as it was."""
-    folder = tmp_path / "mnist/forget-3/obt-rel-vp"
+    folder = quick(tmp_path) / "mnist/forget-3/obt-rel-vp"
     folder.mkdir(parents=True)
     (folder / "result.json").write_text("{}")
     before = tree(tmp_path)
@@ -390,8 +396,8 @@ def write_another_checkpoint(path):
 
 @pytest.mark.parametrize("write", [write_text, write_half_a_base, write_another_checkpoint])
 def test_corrupt_base_names_the_command_that_mends_it(tmp_path, write):
-    path = tmp_path / "mnist/base.pt"
-    path.parent.mkdir()
+    path = quick(tmp_path) / "mnist/base.pt"
+    path.parent.mkdir(parents=True)
     write(path)
     before = tree(tmp_path)
     run = run_script("03", *QUICK, "--forget", 3, "--out", tmp_path)

@@ -19,6 +19,8 @@ from conftest import (
     check_refusal,
     check_success,
     load_weights,
+    only_run,
+    quick,
     run_function,
     run_process,
     run_script,
@@ -523,11 +525,11 @@ def test_chain_from_02_to_05(name, tmp_path, monkeypatch):
     check_success(run_script("04", *unlearn, *sampling, "--nll", "bound", "--n-nll", 2))
     check_success(run_script("05", *unlearn, "--n", 3, "--steps", 2))
 
-    folder = tmp_path / "out" / name / f"forget-{forget}"
-    for file in ("table.json", "samples.png", "classes.png", "obt-rel-vp", "downstream"):
+    folder = quick(tmp_path / "out") / name / f"forget-{forget}"
+    for file in ("table.json", "samples.png", "classes.png", "downstream"):
         assert (folder / file).exists(), f"no {file}"
     rows = json.loads((folder / "table.json").read_text())["models"]
-    assert [row["model"] for row in rows] == ["standard", "obt-rel-vp"]
+    assert [row["model"] for row in rows] == ["standard", "obt-rel-vp-steps2-batch-size4"]
 
 
 @pytest.fixture
@@ -547,7 +549,7 @@ def test_cifar10_from_scratch_needs_no_base(cifar10_flags, tmp_path):
     training = ("--from-scratch", "--method", "ort", "--steps", 2, "--batch-size", 4)
     run = run_script("03", *cifar10_flags, *training, "--n", 12, "--nfe", 2)
     check_success(run)
-    folder = tmp_path / "out/cifar10/forget-dog/ort-vp-scratch"
+    folder = only_run(tmp_path / "out", "cifar10")
     result = json.loads((folder / "result.json").read_text())
     assert "class 5 'dog': 10 images; keeping 90" in run.out
     assert result["ur_before"] is None, "there is no Standard model that could be measured"
@@ -573,7 +575,7 @@ def quick_judge(tmp_path_factory):
     write_folder(root / "data", None)
     where = ("--dataset", "folder", "--data-dir", root / "data", "--out", root / "out")
     check_success(run_script("02", "--quick", *where, "--judge"))
-    args = arguments(root / "out", dataset="folder", data_dir=root / "data", quick=True)
+    args = arguments(quick(root / "out"), dataset="folder", data_dir=root / "data", quick=True)
     return args, common.load_dataset("folder", root / "data")
 
 
@@ -589,13 +591,13 @@ def test_a_judge_of_other_pictures_is_refused(quick_judge):
     check_refusal(run_function(common.load_judge, args, other), "Apples, lime, sky")
 
 
-def test_a_quick_judge_is_replaced_for_a_full_run(quick_judge, monkeypatch):
-    """It knows that it was trained for a look only."""
+def test_a_quick_judge_does_not_serve_a_full_run(quick_judge, monkeypatch):
+    """A full run with the same --out trains a judge of its own."""
     args, data = quick_judge
-    args = arguments(args.out, dataset="folder", data_dir=args.data_dir, quick=False)
+    args = arguments(args.out.parent, dataset="folder", data_dir=args.data_dir, quick=False)
     trained = []
     monkeypatch.setattr(common, "train_judge", lambda args, *_: trained.append(args))
-    common.load_judge(args, data)
+    check_refusal(run_function(common.load_judge, args, data), "not found")
     assert [args.quick for args in trained] == [False], "one judge is trained, and not quickly"
 
 
@@ -661,41 +663,43 @@ def test_torchrun_two_processes_train_like_one(tmp_path):
 
     The one process does the same batch in two parts.
     """
-    one = tmp_path / "one/mnist"
-    two = tmp_path / "two/mnist"
+    one = tmp_path / "one"
+    two = tmp_path / "two"
     train = ("--quick", "--steps", 3, "--batch-size", 8)
     commands = {
         "02": (*train, "--width", 16),
         "03": (*train, "--forget", 3, "--n", 20, "--nfe", 2),
     }
     for number, argv in commands.items():
-        check_success(run_script(number, *argv, "--grad-accum", 2, "--out", tmp_path / "one"))
-        printed = launch(2, SCRIPTS[number], *argv, "--out", tmp_path / "two")
+        check_success(run_script(number, *argv, "--grad-accum", 2, "--out", one))
+        printed = launch(2, SCRIPTS[number], *argv, "--out", two)
         assert printed.count("model: ") == 1, f"both processes of {number} print"
 
-    for file in ("base.pt", "forget-3/obt-rel-vp/model.pt"):
-        alone = load_weights(one / file)
-        shared = load_weights(two / file)
+    files = {
+        "base.pt": [quick(out) / "mnist/base.pt" for out in (one, two)],
+        "model.pt": [only_run(out) / "model.pt" for out in (one, two)],
+    }
+    for file, paths in files.items():
+        alone, shared = map(load_weights, paths)
         for key in alone:
             close = torch.allclose(alone[key], shared[key], rtol=1e-4, atol=1e-6)
             assert close, f"{file}: {key} differs"
 
-    logs = {"log.jsonl": ["loss"], "forget-3/obt-rel-vp/log.jsonl": ["loss_g", "loss_f"]}
-    for file, keys in logs.items():
-        alone = read_log(one / file, keys)
-        shared = read_log(two / file, keys)
+    keys = {"base.pt": ["loss"], "model.pt": ["loss_g", "loss_f"]}
+    for file, paths in files.items():
+        alone, shared = [read_log(path.with_name("log.jsonl"), keys[file]) for path in paths]
         for losses, expected in zip(alone, shared):
             assert losses == pytest.approx(expected, rel=1e-4, abs=1e-6), file
 
-    left = {path.name for path in (two / "forget-3").iterdir()}
-    assert left == {"obt-rel-vp"}, "something temporary is left"
+    left = list(only_run(two).parent.iterdir())
+    assert left == [only_run(two)], "something temporary is left"
 
 
 def test_torchrun_evaluates_to_the_same_table(tmp_path, small_base):
-    quick = ("--quick", "--forget", 3, "--out", tmp_path)
-    folder = tmp_path / "mnist/forget-3"
-    check_success(run_script("03", *quick, "--steps", 2, "--n", 20, "--nfe", 2))
-    argv = (*quick, "--n", 100, "--nfe", 2, "--n-nll", 40)
+    flags = ("--quick", "--forget", 3, "--out", tmp_path)
+    folder = quick(tmp_path) / "mnist/forget-3"
+    check_success(run_script("03", *flags, "--steps", 2, "--n", 20, "--nfe", 2))
+    argv = (*flags, "--n", 100, "--nfe", 2, "--n-nll", 40)
 
     check_success(run_script("04", *argv))
     alone = json.loads((folder / "table.json").read_text())["models"]

@@ -17,6 +17,7 @@ from conftest import (
     check_refusal,
     check_success,
     load_script,
+    quick,
     read_json,
     run_process,
     run_script,
@@ -381,7 +382,7 @@ TINY = "--forget 3 --quick --n 3 --steps 3".split()
 
 
 def forget_folder(out):
-    return out / "mnist/forget-3"
+    return quick(out) / "mnist/forget-3"
 
 
 def task_folder(out, task="inpaint-half"):
@@ -570,7 +571,7 @@ def measures_of_standard(tmp_path_factory):
         out = tmp_path_factory.mktemp("out")
         add_run(out)
         check_success(run_script("05", *TINY, *flags.split(), "--out", out))
-        (path,) = out.glob("mnist/forget-3/downstream/*/table.json")
+        (path,) = quick(out).glob("mnist/forget-3/downstream/*/table.json")
         results = read_json(path)["results"]
         return [rows["Standard"] for rows in results.values()]
 
@@ -744,4 +745,5 @@ def test_after_a_real_run_of_03_as_a_process(script, tmp_path):
     run = run_process(SCRIPTS["05"], *TINY, "--out", tmp_path, cwd=tmp_path)
     check_success(run)
     assert run.err == ""
-    assert list(read_table(tmp_path)["results"]["repaint"]) == ["clean", "Standard", "Obt-rel"]
+    names = list(read_table(tmp_path)["results"]["repaint"])
+    assert names == ["clean", "Standard", "Obt-rel-vp-steps1"]

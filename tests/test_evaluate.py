@@ -16,6 +16,7 @@ from conftest import (
     check_refusal,
     check_success,
     load_script,
+    quick,
     read_json,
     run_process,
     run_script,
@@ -301,7 +302,7 @@ def save_model(path, scale=1.0, **args):
 def finished(tmp_path_factory):
     """The --out of a finished evaluation of four models, with runs around that it must not take."""
     out = tmp_path_factory.mktemp("out")
-    root = out / "mnist"
+    root = quick(out) / "mnist"
     folder = root / "forget-3"
     # equal to Standard on purpose
     save_model(folder / "obt-rel-vp/model.pt", 1.0, method="obt-rel", sde="vp", seed=0)
@@ -324,7 +325,7 @@ def copy(finished, tmp_path):
 
 
 def forget_folder(out):
-    return out / "mnist/forget-3"
+    return quick(out) / "mnist/forget-3"
 
 
 def read_table(out):
@@ -646,12 +647,12 @@ MAKE_5 = "python 03_unlearn.py --dataset mnist --forget 5"
     ],
 )
 def test_bad_input_is_one_line_and_touches_nothing(script, tmp_path, flags, word):
-    path = tmp_path / "mnist/forget-5/obt-vp/model.pt"
+    path = quick(tmp_path) / "mnist/forget-5/obt-vp/model.pt"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"half a checkpoint")
     check_refusal(script("04", "--quick", *flags.split(), "--out", tmp_path), word)
     assert [found for found in tmp_path.rglob("*") if found.is_file()] == [path]
-    assert not (tmp_path / "mnist/forget-5/kept").exists()
+    assert not (quick(tmp_path) / "mnist/forget-5/kept").exists()
 
 
 def test_04_finds_what_03_has_written_both_as_processes(tmp_path):
@@ -666,4 +667,4 @@ def test_04_finds_what_03_has_written_both_as_processes(tmp_path):
     assert "next: " in run.out
     assert FILES <= {path.name for path in forget_folder(tmp_path).iterdir()}
     names = [row["model"] for row in read_table(tmp_path)["models"]]
-    assert names == ["standard", "obt-vp"]
+    assert names == ["standard", "obt-vp-steps2"]

@@ -7,7 +7,15 @@ import sys
 
 import pytest
 import torch
-from conftest import check_refusal, check_success, parse_json, read_json, run_function, run_script
+from conftest import (
+    check_refusal,
+    check_success,
+    parse_json,
+    quick,
+    read_json,
+    run_function,
+    run_script,
+)
 
 import common
 
@@ -198,11 +206,13 @@ STARTS = {
 
 @pytest.mark.parametrize("number", STARTS)
 def test_every_script_clears_away_when_it_starts(tmp_path, dead_pid, number):
-    make_leftover(tmp_path / f"mnist/forget-3/.run.tmp{dead_pid}")
-    (tmp_path / f"mnist/base.pt.tmp{dead_pid}").write_text("half")
+    make_leftover(quick(tmp_path) / f"mnist/forget-3/.run.tmp{dead_pid}")
+    (quick(tmp_path) / f"mnist/base.pt.tmp{dead_pid}").write_text("half")
+    (quick(tmp_path) / "mnist/.base.pt.lock").touch()
     run = run_script(number, *STARTS[number], "--out", tmp_path)  # ends soon: bad input
     assert run.status == 2
     assert not list(tmp_path.rglob("*.tmp*"))
+    assert not list(tmp_path.rglob(".*.lock"))
 
 
 # ---- single files --------------------------------------------------------------------------------

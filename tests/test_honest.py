@@ -12,6 +12,7 @@ from conftest import (
     check_refusal,
     check_success,
     load_script,
+    quick,
     run_function,
     run_script,
     write_small_base,
@@ -55,10 +56,10 @@ OTHER_FLAGS = {
 @pytest.mark.parametrize("name", OTHER_FLAGS)
 def test_resume_refuses_another_setting(trained, name):
     changes, more = OTHER_FLAGS[name]
-    before = (trained / "mnist/base.pt").read_bytes()
+    before = (quick(trained) / "mnist/base.pt").read_bytes()
     run = train(trained, "--resume", *more, **{"--steps": 6, **changes})
     check_refusal(run, "base.pt", f"--{name}")
-    assert (trained / "mnist/base.pt").read_bytes() == before
+    assert (quick(trained) / "mnist/base.pt").read_bytes() == before
 
 
 def test_resume_names_every_setting_that_differs(trained):
@@ -83,13 +84,13 @@ def test_resume_goes_on_with_more_steps_and_other_habits(tmp_path):
     check_success(train(tmp_path))
     more = ("--resume", "--save-every", 1, "--sample-every", 3)
     check_success(train(tmp_path, *more, **{"--steps": 6}))
-    assert torch.load(tmp_path / "mnist/base.pt", weights_only=True)["step"] == 6
+    assert torch.load(quick(tmp_path) / "mnist/base.pt", weights_only=True)["step"] == 6
 
 
 def test_resume_takes_steps_out_of_the_log_that_come_again(tmp_path):
     """A crash has left lines of steps after the checkpoint, and a line that is cut off."""
     check_success(train(tmp_path))
-    log = tmp_path / "mnist/log.jsonl"
+    log = quick(tmp_path) / "mnist/log.jsonl"
     lines = [json.dumps({"step": step, "loss": 0.5}) for step in (2, 4, 5, 6)]
     log.write_text("\n".join(lines) + '\n{"step": 7, "lo')
     check_success(train(tmp_path, "--resume", **{"--steps": 6}))
@@ -180,9 +181,9 @@ def test_02_counts_skipped_steps(tmp_path, monkeypatch):
     run = run_spoiled(monkeypatch, "02", lambda step: step in (2, 3), *flags)
     check_success(run)
     assert "gradient was not finite: 2" in run.out
-    last_line = (tmp_path / "mnist/log.jsonl").read_text().splitlines()[-1]
+    last_line = (quick(tmp_path) / "mnist/log.jsonl").read_text().splitlines()[-1]
     assert json.loads(last_line)["skipped_steps"] == 2
-    assert torch.load(tmp_path / "mnist/base.pt", weights_only=True)["skipped_steps"] == 2
+    assert torch.load(quick(tmp_path) / "mnist/base.pt", weights_only=True)["skipped_steps"] == 2
 
 
 def test_02_goes_on_counting_after_resume(tmp_path, monkeypatch):
@@ -190,7 +191,7 @@ def test_02_goes_on_counting_after_resume(tmp_path, monkeypatch):
     check_success(run_spoiled(monkeypatch, "02", lambda step: step == 2, *flags, "--steps", 3))
     more = ("--steps", 6, "--resume")
     check_success(run_spoiled(monkeypatch, "02", lambda step: step == 2, *flags, *more))
-    assert torch.load(tmp_path / "mnist/base.pt", weights_only=True)["skipped_steps"] == 2
+    assert torch.load(quick(tmp_path) / "mnist/base.pt", weights_only=True)["skipped_steps"] == 2
 
 
 def test_03_counts_skipped_steps(tmp_path, small_base, monkeypatch):
@@ -212,11 +213,11 @@ def test_a_training_without_a_good_step_is_no_success(tmp_path, monkeypatch, num
     flags = (*flags, "--steps", 4, "--out", tmp_path)
     run = run_spoiled(monkeypatch, number, lambda step: True, *flags)
     check_refusal(run, "not finite in any of the 4 steps", "--lr")
-    assert not list(tmp_path.glob("mnist/forget-3/*/model.pt"))
+    assert not list(quick(tmp_path).glob("mnist/forget-3/*/model.pt"))
 
 
 def test_a_run_without_skipped_steps_says_nothing_of_them(trained):
-    line = json.loads((trained / "mnist/log.jsonl").read_text().splitlines()[-1])
+    line = json.loads((quick(trained) / "mnist/log.jsonl").read_text().splitlines()[-1])
     assert line["skipped_steps"] == 0
     assert common.skipped_text(0) == ""
 

@@ -281,7 +281,7 @@ def test_likelihood_and_noise_measure_the_chosen_models(maker, tmp_path):
     assert table["nll/standard"]["bpd_g"] != table["nll/unseen/None"]["bpd_g"]
 
     # 02 is the authority for the losses by noise level.
-    net = common.load_net(*common.find_base(tmp_path, "mnist"))
+    net = maker["load_standard"]()
     _, images_f = random_images(4)
     loss_by_noise = runpy.run_path(str(ROOT / "02_train_sde.py"))["loss_by_noise"]
     want = [loss for _, _, loss in loss_by_noise(net, images_f)]

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import check_refusal, check_success, read_json, run_script
+from conftest import check_refusal, check_success, quick, read_json, run_script
 
 PAPER = ([[-2, -2], [0, 0], [2, 2]], [0.8, 0.4, 0.8], [1])  # means, weights, which to forget
 OTHER = ([[-3, 0], [0, 0], [3, 0], [0, 2]], [2, 1, 3, 1], [1, 3])
@@ -235,7 +235,7 @@ def quick_run(request, tmp_path_factory):
     """The folder that a quick run of the script has written, for one mixture after the other."""
     out = tmp_path_factory.mktemp("out")
     check_success(run_script("01", "--quick", "--out", out, *request.param))
-    return out / "toy"
+    return quick(out) / "toy"
 
 
 @pytest.fixture

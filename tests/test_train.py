@@ -5,7 +5,7 @@ import signal
 import pytest
 import torch
 import torch.nn as nn
-from conftest import check_refusal, check_success, run_function, run_script, same_weights
+from conftest import check_refusal, check_success, quick, run_function, run_script, same_weights
 from torch.utils.flop_counter import FlopCounterMode
 
 import common
@@ -217,8 +217,8 @@ def test_resume_is_bit_exact(tmp_path, monkeypatch):
     check_success(resumed)
     assert "at step 3" in resumed.out
 
-    whole = torch.load(tmp_path / "whole/mnist/base.pt", weights_only=True)
-    parts = torch.load(tmp_path / "parts/mnist/base.pt", weights_only=True)
+    whole = torch.load(quick(tmp_path / "whole") / "mnist/base.pt", weights_only=True)
+    parts = torch.load(quick(tmp_path / "parts") / "mnist/base.pt", weights_only=True)
     assert whole["step"] == 6
     assert parts["step"] == 6
     assert same_weights(whole["model"], parts["model"]), "the weights differ"
@@ -241,7 +241,7 @@ def test_ctrl_c_saves_a_whole_step_and_says_how_to_go_on(tmp_path, monkeypatch):
     check_success(run)
     assert "--resume" in run.out
     assert len(calls) == 2, "it goes on after Ctrl-C"
-    assert torch.load(tmp_path / "mnist/base.pt", weights_only=True)["step"] == 2
+    assert torch.load(quick(tmp_path) / "mnist/base.pt", weights_only=True)["step"] == 2
 
 
 # ---- the network ---------------------------------------------------------------------------------

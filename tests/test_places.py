@@ -1,0 +1,492 @@
+"""Where things are written: nothing finished is lost, no two outputs share a name, lines work."""
+
+import fcntl
+import itertools
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    ROOT,
+    check_refusal,
+    check_success,
+    load_script,
+    load_weights,
+    quick,
+    run_script,
+    same_weights,
+    write_small_base,
+)
+from PIL import Image
+
+import common
+
+TRAINING = ("--dataset", "mnist", "--batch-size", 4, "--width", 16)
+UNLEARN = ("--dataset", "mnist", "--quick", "--forget", 3, "--n", 10, "--nfe", 2)
+
+# ---- --quick -------------------------------------------------------------------------------------
+
+
+def test_a_quick_run_leaves_the_trained_base_alone(tmp_path):
+    path = tmp_path / "mnist/base.pt"
+    path.parent.mkdir()
+    path.write_bytes(b"a long training")
+    check_success(run_script("02", *TRAINING, "--quick", "--steps", 1, "--out", tmp_path))
+    assert path.read_bytes() == b"a long training"
+    assert (quick(tmp_path) / "mnist/base.pt").exists()
+
+
+def test_a_full_run_does_not_take_a_quick_base(tmp_path):
+    write_small_base(tmp_path)
+    args = load_script("03")["arguments"](["--forget", "3", "--out", str(tmp_path)])
+    path, _ = common.find_base(args)
+    assert path == ROOT / "data/mnist_base.pt"
+
+
+# ---- 02: a training is not replaced by a shorter or another one ----------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The --out of a full run of 02, of four steps."""
+    out = tmp_path_factory.mktemp("trained")
+    check_success(run_script("02", *TRAINING, "--steps", 4, "--out", out))
+    return out
+
+
+@pytest.fixture
+def base(trained, tmp_path):
+    """The path of a copy of its base.pt, for runs with --out tmp_path."""
+    path = tmp_path / "mnist/base.pt"
+    path.parent.mkdir()
+    path.write_bytes((trained / "mnist/base.pt").read_bytes())
+    return path
+
+
+OTHER_TRAININGS = {
+    "shorter": ("--steps", 2),
+    "lr": ("--steps", 9, "--lr", 1e-5),
+    "sde": ("--steps", 9, "--sde", "ve"),
+    "noise": ("--steps", 9, "--log-sigma", -2, 1),
+    "share of wide noise": ("--steps", 9, "--wide", 0.5),
+    "width": ("--steps", 9, "--width", 24),
+    "ema": ("--steps", 9, "--ema", 0.5),
+    "batch": ("--steps", 9, "--batch-size", 8),
+    "seed": ("--steps", 9, "--seed", 1),
+    "data": ("--steps", 9, "--data-dir", ROOT / "data"),
+}
+
+
+@pytest.mark.parametrize("flags", OTHER_TRAININGS.values(), ids=OTHER_TRAININGS)
+def test_another_training_is_refused_and_both_ways_are_named(tmp_path, base, flags):
+    before = base.read_bytes()
+    run = run_script("02", *TRAINING, *flags, "--out", tmp_path)
+    check_refusal(run, str(base), "--overwrite", "--resume")
+    assert base.read_bytes() == before
+    assert [path.name for path in base.parent.iterdir()] == ["base.pt"]
+
+
+def test_overwrite_replaces_a_longer_training(tmp_path, base):
+    flags = ("--steps", 1, "--overwrite", "--out", tmp_path)
+    check_success(run_script("02", *TRAINING, *flags))
+    assert torch.load(base, weights_only=True)["step"] == 1
+
+
+def test_a_longer_run_of_the_same_training_replaces_it(tmp_path, base):
+    check_success(run_script("02", *TRAINING, "--steps", 5, "--out", tmp_path))
+    assert torch.load(base, weights_only=True)["step"] == 5
+
+
+def test_a_base_without_arguments_is_not_replaced(tmp_path, base):
+    content = torch.load(base, weights_only=True)
+    common.save_checkpoint(base, arch=content["arch"], ema=content["ema"])
+    check_refusal(run_script("02", *TRAINING, "--steps", 9, "--out", tmp_path), "--overwrite")
+
+
+def test_a_damaged_base_is_replaced(tmp_path, base):
+    base.write_bytes(base.read_bytes()[:1000])
+    check_success(run_script("02", *TRAINING, "--steps", 1, "--out", tmp_path))
+    assert torch.load(base, weights_only=True)["step"] == 1
+
+
+def test_the_old_training_stays_until_the_new_one_has_come_as_far(tmp_path, base, monkeypatch):
+    before = base.read_bytes()
+    guarded_step = common.guarded_step
+    numbers = itertools.count()
+
+    def crash_at_the_third(*args):
+        if next(numbers) == 2:
+            raise SystemExit(9)
+        return guarded_step(*args)
+
+    monkeypatch.setattr(common, "guarded_step", crash_at_the_third)
+    flags = ("--steps", 5, "--save-every", 1, "--out", tmp_path)
+    assert run_script("02", *TRAINING, *flags).status == 9
+    assert base.read_bytes() == before
+
+
+# ---- a base that is not fit ----------------------------------------------------------------------
+
+
+def write_base(out, step):
+    """Save a small Standard model that has been trained for so many steps."""
+    path = write_small_base(out)
+    content = torch.load(path, weights_only=True)
+    common.save_checkpoint(path, **content, step=step)
+
+
+def test_03_04_and_05_warn_before_and_after_of_a_base_of_few_steps(tmp_path):
+    write_base(tmp_path, step=30)
+    where = ("--dataset", "mnist", "--quick", "--forget", 3, "--out", tmp_path)
+    flags = {
+        "03": ("--n", 10, "--nfe", 2),
+        "04": ("--n", 20, "--nfe", 2, "--nll", "none"),
+        "05": ("--n", 3, "--steps", 2),
+    }
+    for number, own in flags.items():
+        run = run_script(number, *where, *own)
+        check_success(run)
+        lines = [line for line in run.out.splitlines() if line.startswith("WARNING")]
+        assert len(lines) >= 2, f"{number}: {run.out}"
+        assert "trained for 30 steps, where 30,000 are usual" in lines[0]
+    table = quick(tmp_path) / "mnist/forget-3/table.md"
+    assert "WARNING" in table.read_text()
+
+
+@pytest.mark.parametrize("confidence, expected", [(0.1, "unsure of 100 %"), (0.9, None)])
+def test_a_base_whose_samples_nobody_recognises_is_not_fit(tmp_path, capsys, confidence, expected):
+    write_base(tmp_path, step=30000)
+    args = load_script("03")["arguments"](["--forget", "3", "--quick", "--out", str(tmp_path)])
+    verdict = common.Verdict(torch.zeros(10), torch.full((10,), confidence), torch.zeros(10, 2))
+    text = common.warn_if_unfit(args, verdict)
+    assert text == capsys.readouterr().out.rstrip("\n")
+    assert expected in text if expected else text == ""
+
+
+def test_the_shipped_base_is_fit(tmp_path):
+    args = load_script("03")["arguments"](["--forget", "3", "--out", str(tmp_path)])
+    assert common.warn_if_unfit(args) == ""
+
+
+# ---- names ---------------------------------------------------------------------------------------
+
+RUN_NAMES = {
+    "": "obt-rel-vp",
+    "--kappa 2.8 --steps 260": "obt-rel-vp",
+    "--kappa 2 --steps 1000": "obt-rel-vp-kappa2-steps1000",
+    "--alpha 0.9": "obt-rel-vp-alpha0.9",
+    "--kappa 2.8000001": "obt-rel-vp-kappa2.8000001",
+    "--sde ve": "obt-rel-ve",
+    "--sde ve --kappa 2.8": "obt-rel-ve-kappa2.8",
+    "--n 50 --nfe 5": "obt-rel-vp",
+    "--method ort --alpha 0.9 --lr 1e-3 --uniform-t --seed 1": (
+        "ort-vp-alpha0.9-uniform-t-lr0.001-s1"
+    ),
+    "--method ort --ort elementwise": "ort-vp",
+    "--method ort --ort inner --retain distill": "ort-vp-ort-inner-retain-distill",
+    "--method ort --from-scratch": "ort-vp-scratch",
+    "--method ort --from-scratch --steps 3000 --seed 2": "ort-vp-scratch-s2",
+    "--method erasediff --alpha 0.9": "erasediff-vp-alpha0.9",
+    "--method siss --c 0.01": "siss-vp-c0.01",
+    "--log-sigma -1 0.5": "obt-rel-vp-log-sigma-1_0.5",
+    "--ema 0 --batch-size 8 --grad-accum 2": "obt-rel-vp-batch-size8-ema0-grad-accum2",
+}
+ORDER = "alpha log-sigma uniform-t steps batch-size lr ema grad-accum scratch s1".split()
+
+
+def run_name(out, flags):
+    """The name of the folder that 03 writes with these flags."""
+    unlearn = load_script("03")
+    args = unlearn["arguments"](["--forget", "3", *flags.split(), "--out", str(out)])
+    return unlearn["output_folder"](args, ["3"]).name
+
+
+@pytest.mark.parametrize("flags, name", RUN_NAMES.items())
+def test_what_was_chosen_by_flag_is_in_the_name(tmp_path, flags, name):
+    assert run_name(tmp_path, flags) == name
+
+
+@pytest.mark.parametrize("name", ["obt-rel-vp", "obt-rel-vp-steps3"])
+def test_quick_runs_are_named_after_flags_too(tmp_path, name):
+    flags = "--quick" if name == "obt-rel-vp" else "--quick --steps 3"
+    assert run_name(tmp_path, flags) == name
+
+
+def test_a_long_name_ends_in_a_checksum(tmp_path):
+    flags = "--method ort --alpha 0.123456789 --lr 0.000123456789 --ema 0.123456789 --steps 12345"
+    flags += " --log-sigma 0.123456789 {} --batch-size 1234 --grad-accum 123"
+    names = [run_name(tmp_path, flags.format(value)) for value in ("1.23456789", "1.23456788")]
+    assert len(set(names)) == 2
+    assert [len(name) for name in names] == [100, 100]
+
+
+def test_two_kappas_are_two_rows_of_04(tmp_path):
+    write_small_base(tmp_path)
+    for kappa in (1, 2):
+        check_success(run_script("03", *UNLEARN, "--kappa", kappa, "--out", tmp_path))
+    flags = ("--n", 20, "--nfe", 2, "--nll", "none", "--out", tmp_path)
+    check_success(run_script("04", "--dataset", "mnist", "--quick", "--forget", 3, *flags))
+    table = (quick(tmp_path) / "mnist/forget-3/table.md").read_text()
+    assert "| obt-rel-vp-kappa1 " in table
+    assert "| obt-rel-vp-kappa2 " in table
+
+
+def test_the_unseen_models_of_02_and_of_03_have_two_folders(tmp_path):
+    train = load_script("02")
+    args = train["arguments"](["--without", "3", "--sde", "vp", "--out", str(tmp_path)])
+    args.method = "unseen"
+    folder = train["checkpoint_path"](args, ["3"]).parent
+    assert folder.name != run_name(tmp_path, "--method unseen --from-scratch --steps 30000")
+    assert folder.name != run_name(tmp_path, "--method unseen --from-scratch")
+
+
+ODD_NAMES = ["a", "b", "a-b", "-", "+", "a+b", "%", "%2B", "/", "..", "../..", ".", " ", "\\", "\n"]
+
+
+def test_no_two_lists_of_classes_have_one_folder(tmp_path):
+    lists = [[name] for name in ODD_NAMES]
+    lists += [list(pair) for pair in itertools.product(ODD_NAMES, repeat=2)]
+    lists += [list(triple) for triple in itertools.product(ODD_NAMES[:6], repeat=3)]
+    lists += [["x" * 300], ["x" * 301], ["é" * 300]]
+    folders = {common.forget_folder(tmp_path, "folder", names) for names in lists}
+    assert len(folders) == len(lists)
+    for folder in folders:
+        assert folder.resolve().parent == tmp_path / "folder"
+        folder.mkdir(parents=True)
+
+
+@pytest.mark.parametrize(
+    "names, expected",
+    [(["3", "7"], "forget-3-7"), (["dog"], "forget-dog"), (["ankle_boot"], "forget-ankle_boot")],
+)
+def test_usual_classes_keep_their_folder(names, expected):
+    assert common.forget_folder("out", "mnist", names) == Path("out/mnist") / expected
+
+
+def write_mask(path, left):
+    """A mask whose hole begins at this column."""
+    path.parent.mkdir()
+    pixels = np.zeros((28, 28), np.uint8)
+    pixels[:, left:] = 255
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def test_two_masks_of_one_file_name_have_two_folders(tmp_path):
+    write_small_base(tmp_path)
+    check_success(run_script("03", *UNLEARN, "--out", tmp_path))
+    for folder, left in (("a", 10), ("b", 20)):
+        mask = write_mask(tmp_path / folder / "hole.png", left)
+        flags = ("--n", 3, "--steps", 2, "--mask", mask, "--out", tmp_path)
+        check_success(run_script("05", "--quick", "--forget", 3, *flags))
+    written = (quick(tmp_path) / "mnist/forget-3/downstream").iterdir()
+    assert sum(path.name.startswith("inpaint-hole-") for path in written) == 2
+
+
+def test_temporary_files_of_two_programs_differ(tmp_path, monkeypatch):
+    targets = []
+    save = torch.save
+
+    def note_and_save(content, target):
+        targets.append(Path(target))
+        save(content, target)
+
+    monkeypatch.setattr(torch, "save", note_and_save)
+    common.save_checkpoint(tmp_path / "base.pt", arch=1)
+    assert [path.parent for path in targets] == [tmp_path]
+    assert str(os.getpid()) in targets[0].name
+
+
+# ---- two programs in one place -------------------------------------------------------------------
+
+
+LOCKED = {
+    "02": ((*TRAINING, "--quick", "--steps", 1), "base.pt"),
+    "03": (UNLEARN, "forget-3/obt-rel-vp"),
+    "04": (("--quick", "--forget", 3, "--n", 20, "--nfe", 2), "forget-3/table.md"),
+    "05": (("--quick", "--forget", 3, "--n", 3, "--steps", 2), "forget-3/downstream/inpaint-half"),
+}
+
+
+@pytest.mark.parametrize("number", LOCKED)
+def test_the_second_program_in_one_place_is_refused(tmp_path, number):
+    flags, place = LOCKED[number]
+    write_small_base(tmp_path)
+    check_success(run_script("03", *UNLEARN, "--out", tmp_path))
+    folder = quick(tmp_path) / "mnist"
+    with common.locked(folder / place):
+        before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+        check_refusal(run_script(number, *flags, "--out", tmp_path), "another program", place)
+        after = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+        assert after == before
+    check_success(run_script(number, *flags, "--out", tmp_path))
+    assert not list(folder.rglob(".*.lock")), "a lock is left behind"
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    code = "import sys, time, common\nwith common.locked(sys.argv[1]):\n print(1, flush=True)\n"
+    code += " time.sleep(60)"
+    command = [sys.executable, "-c", code, str(tmp_path / "base.pt")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        with pytest.raises(SystemExit), common.locked(tmp_path / "base.pt"):
+            pass
+        process.send_signal(signal.SIGKILL)
+    with common.locked(tmp_path / "base.pt"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_locks_in_the_file_system_programs_run(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with common.locked(tmp_path / "base.pt"):
+        pass
+    monkeypatch.setattr(common, "fcntl", None)
+    with common.locked(tmp_path / "base.pt"):
+        pass
+
+
+# ---- printed commands ----------------------------------------------------------------------------
+
+
+def printed_command(text):
+    """The command that the last line of a text ends with."""
+    return "python " + text.strip().splitlines()[-1].split(": python ")[-1]
+
+
+def run_line(line, *more):
+    """Run a printed line as a shell splits it -> Run."""
+    python, script, *argv = shlex.split(line)
+    assert python == "python"
+    assert (ROOT / script).exists(), line
+    return run_script(script[:2], *argv, *more)
+
+
+def write_pictures(folder):
+    """Two classes of pictures, of which one name has a space."""
+    generator = np.random.default_rng(0)
+    for name in ("black cat", "dog's"):
+        (folder / name).mkdir(parents=True)
+        for i in range(40):
+            pixels = generator.integers(0, 256, (32, 32, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+
+
+# The fast flags that a user might add; what is printed has to bring the rest.
+FAST = {
+    "02": ("--batch-size", 2, "--steps", 2, "--width", 16),
+    "03": ("--n", 10, "--nfe", 2, "--batch-size", 2, "--steps", 2),
+    "04": ("--n", 20, "--nfe", 2, "--nll", "none"),
+    "05": ("--n", 3, "--steps", 2),
+}
+
+
+@pytest.fixture(params=["mnist", "folder"])
+def flags_of_places(request, tmp_path, monkeypatch):
+    """--dataset, --out, --data-dir and --quick of a run, with spaces in the paths."""
+    monkeypatch.chdir(ROOT)
+    data = tmp_path / "my pictures"
+    if request.param == "folder":
+        write_pictures(data)
+    else:
+        data.mkdir()
+        (data / "mnist.npz").symlink_to(ROOT / "data/mnist.npz")
+    out = tmp_path / "my $out"
+    return ("--dataset", request.param, "--data-dir", data, "--out", out, "--quick")
+
+
+def test_every_next_line_works_as_printed(flags_of_places):
+    """From 02 to 05, each command is the one that the program before has printed."""
+    run = run_script("02", *flags_of_places, *FAST["02"])
+    for number in ("03", "04", "05"):
+        check_success(run)
+        line = printed_command(run.out)
+        assert f"python {number}_" in line
+        run = run_line(line, *FAST[number])
+    check_success(run)
+    out = flags_of_places[5]
+    assert [path.name for path in out.iterdir()] == ["quick"], "a line has led elsewhere"
+
+
+def test_every_make_line_works_as_printed(flags_of_places):
+    """05 first, and then what each error asks for, until 05 succeeds."""
+    forget = "8" if flags_of_places[1] == "mnist" else "dog's"
+    wanted = [("05", (*flags_of_places, "--forget", forget))]
+    made = []
+    while wanted:
+        number, argv = wanted[-1]
+        run = run_script(number, *argv, *FAST.get(number, ()))
+        if run.status == 0:
+            made.append(number)
+            wanted.pop()
+            continue
+        check_refusal(run, "with: python ")
+        _, script, *flags = shlex.split(printed_command(run.err))
+        assert len(wanted) < 4, run.err
+        wanted.append((script[:2], flags))
+    expected = ["03", "05"] if flags_of_places[1] == "mnist" else ["02", "03", "05"]
+    assert made == expected
+
+
+def test_the_line_for_a_damaged_file_mends_it(tmp_path, monkeypatch):
+    """The base, a run with a flag of its own, the Unseen model, and the judge."""
+    monkeypatch.chdir(ROOT)
+    where = ("--dataset", "mnist", "--quick", "--out", tmp_path)
+    check_success(run_script("02", *where, *FAST["02"]))
+    check_success(run_script("02", *where, *FAST["02"], "--without", 3))
+    unlearn = ("--forget", 3, "--method", "ort", "--alpha", 0.5, *FAST["03"])
+    check_success(run_script("03", *where, *unlearn))
+    evaluate = (*where, "--forget", 3, *FAST["04"])
+    folder = quick(tmp_path) / "mnist"
+    damaged = [
+        folder / "base.pt",
+        *folder.glob("forget-3/ort-vp-*/model.pt"),
+        *folder.glob("forget-3/unseen-any-*/model.pt"),
+    ]
+    assert len(damaged) == 3
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[:500])
+        run = run_script("04", *evaluate)
+        check_refusal(run, str(path), "make it again with: python ")
+        line = printed_command(run.err)
+        more = FAST["02"] if "02_train" in line else ()
+        check_success(run_line(line, *more))
+        check_success(run_script("04", *evaluate))
+
+
+def test_a_line_for_another_place_names_the_whole_path(tmp_path, monkeypatch):
+    args = load_script("03")["arguments"](["--forget", "3", "--out", str(tmp_path)])
+    monkeypatch.chdir(tmp_path)
+    assert str(ROOT / "02_train_sde.py") in common.command_line("02_train_sde.py", args)
+    monkeypatch.chdir(ROOT)
+    assert "python 02_train_sde.py " in common.command_line("02_train_sde.py", args)
+
+
+def test_the_first_program_names_a_line_that_leads_to_the_same_place(tmp_path):
+    toy = load_script("01")
+    for flags in ([], ["--quick"]):
+        args = toy["arguments"]([*flags, "--out", str(tmp_path)])
+        common.separate_quick(args)
+        *_, last = shlex.split(toy["next_command"](args))
+        assert last == str(tmp_path)
+
+
+def test_weights_of_a_run_do_not_depend_on_what_lies_beside_it(tmp_path):
+    """A second run with another flag leaves the first one's file as it was."""
+    write_small_base(tmp_path)
+    check_success(run_script("03", *UNLEARN, "--out", tmp_path))
+    path = quick(tmp_path) / "mnist/forget-3/obt-rel-vp/model.pt"
+    before = path.read_bytes()
+    check_success(run_script("03", *UNLEARN, "--lr", 1e-2, "--out", tmp_path))
+    other = load_weights(path.parent.with_name("obt-rel-vp-lr0.01") / "model.pt")
+    assert path.read_bytes() == before
+    assert not same_weights(load_weights(path), other)

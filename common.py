@@ -2092,9 +2092,15 @@ def _as_seen(picture):
 
     # Loading comes first: for some formats the size or the transparency is known only then.
     picture.load()
+    # PIL opens the 16 bits of some formats as 32; there the range is known all the same.
+    has_16_bits = picture.mode.startswith("I;16") or picture.format in ("PNG", "PPM")
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith(("I", "F")):
-        return Image.fromarray(_to_range_of_bytes(np.asarray(picture))).convert("RGB")
+        values = np.asarray(picture)
+        grey = _to_range_of_bytes(values, has_16_bits)
+        # One value of a grey PNG may stand for what is transparent.
+        grey[values == picture.info.get("transparency", -1)] = 255
+        return Image.fromarray(grey).convert("RGB")
     has_alpha = picture.mode in ("LA", "PA", "RGBA", "RGBa")
     if has_alpha or "transparency" in picture.info:
         picture = picture.convert("RGBA")
@@ -2120,16 +2126,19 @@ def _in_common_colours(picture):
     return picture.convert("RGB")
 
 
-def _to_range_of_bytes(values):
+def _to_range_of_bytes(values, has_16_bits):
     """Scale grey values (H, W) of 16 bits, 32 bits or real numbers to bytes.
 
-    Whole numbers have the range up to 65535, real ones up to 1 or 255 or 65535: the least of these
-    that holds them all. Beyond it their own largest value becomes white.
+    16 bits have the range up to 65535. Other whole numbers may have that up to 255 too, and real
+    ones that up to 1: the least of these that holds them all. Beyond, the largest value is white.
     """
-    is_real = values.dtype.kind == "f"
+    limits = [1, 255, 65535]
+    if values.dtype.kind != "f":
+        limits.remove(1)
+    if has_16_bits:
+        limits = [65535]
     values = np.nan_to_num(values.astype(np.float64))
     highest = max(values.max(), 0)
-    limits = (1, 255, 65535) if is_real else (65535,)
     limit = next((limit for limit in limits if highest <= limit), highest)
     return (values.clip(0) * 255 / limit).round().astype(np.uint8)
 

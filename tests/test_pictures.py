@@ -155,6 +155,20 @@ def test_a_dark_16_bit_picture_stays_dark(tmp_path):
     assert image.max() <= 1
 
 
+def test_a_transparent_value_of_16_bits_is_white(tmp_path):
+    def save(path):
+        Image.fromarray(RAMP * 0).save(path, transparency=0)
+
+    assert read_one(tmp_path, save).min() == 255
+
+
+@pytest.mark.parametrize("highest", [255, 65535, 2**31 - 1])
+def test_32_bits_become_8(tmp_path, highest):
+    values = (RAMP / 65535 * highest).astype(np.int32)
+    image = read_one(tmp_path, Image.fromarray(values).save, "tiff")
+    assert image.mean().item() == pytest.approx(127.5, abs=1)
+
+
 @pytest.mark.parametrize("highest", [1, 255, 65535])
 def test_real_numbers_become_8_bits(tmp_path, highest):
     values = (RAMP / 65535 * highest).astype(np.float32)

@@ -138,6 +138,53 @@ def test_inpainting_takes_images(inpaint):
     assert torch.equal(images.reshape(6, 2), inpaint(known(6), HIDDEN))
 
 
+# ---- the noise of the known pixels ---------------------------------------------------------------
+
+
+class LevelSpy:
+    """A network that notes the noise level that it is told, and the noise of the known pixels."""
+
+    def __init__(self, net):
+        self.net = net
+        self.sd = net.sd
+        self.told = []  # sigma by phi
+        self.seen = []  # standard deviation of the known x_hat
+        self.means = []  # their mean
+
+    def __call__(self, y, phi):
+        sigma = self.sd * math.tan(phi[0])
+        known_x_hat = y[:, 0] * math.hypot(sigma, self.sd)
+        self.told.append(sigma)
+        self.seen.append(known_x_hat.std().item())
+        self.means.append(known_x_hat.mean().item())
+        return self.net(y, phi)
+
+
+def check_levels(spy):
+    """Whatever the network sees of the known pixels has the noise level that it is told."""
+    assert len(spy.told) > 3
+    for told, seen, mean in zip(spy.told, spy.seen, spy.means):
+        assert seen == pytest.approx(told, rel=0.05)
+        assert mean == pytest.approx(X1, abs=5 * told / 4000**0.5)
+
+
+@pytest.mark.parametrize("resample", [1, 3])
+def test_repaint_shows_known_pixels_at_the_level_of_the_step(downstream, correlated, resample):
+    spy = LevelSpy(correlated)
+    sigmas = common.karras_sigmas(6, 80.0)
+    downstream.repaint(spy, known(4000), HIDDEN, sigmas, resample, common.rng(0))
+    check_levels(spy)
+
+
+@SDES
+def test_the_papers_inpainting_shows_known_pixels_at_the_level_of_the_step(
+    downstream, correlated, sde
+):
+    spy = LevelSpy(correlated)
+    downstream.pc_inpaint(spy, sde, known(4000), HIDDEN, 6, generator=common.rng(0))
+    check_levels(spy)
+
+
 # ---- how many evaluations it takes ---------------------------------------------------------------
 
 

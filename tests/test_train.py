@@ -1,5 +1,6 @@
 """Training helpers: average, rates, guard, Muon, checkpoints; and 02's resume, bit for bit."""
 
+import argparse
 import signal
 
 import pytest
@@ -124,6 +125,62 @@ def test_training_goes_on_after_the_guard_has_stopped_it(guarded):
     assert guarded.has_moved()
 
 
+# ---- the length of a gradient --------------------------------------------------------------------
+
+
+def step_by(*gradients, **options):
+    """How far a guarded step of rate 1 moves two weights with these gradients -> (2,)."""
+    net = nn.Linear(2, 1, bias=False)
+    start = net.weight.detach().clone()
+    net.weight.grad = torch.tensor([gradients])
+    common.guarded_step(net, [torch.optim.SGD(net.parameters(), 1.0)], 0, **options)
+    return (start - net.weight.detach())[0]
+
+
+def test_a_long_gradient_is_shortened_to_length_one_and_keeps_its_direction():
+    torch.testing.assert_close(step_by(30.0, 40.0), torch.tensor([0.6, 0.8]))
+
+
+def test_a_long_gradient_is_shortened_to_the_length_that_is_asked_for():
+    torch.testing.assert_close(step_by(30.0, 40.0, clip=5.0), torch.tensor([3.0, 4.0]))
+
+
+def test_a_short_gradient_stays_as_it_is():
+    torch.testing.assert_close(step_by(0.03, 0.04), torch.tensor([0.03, 0.04]))
+
+
+def test_the_gradient_is_cleared_after_a_step():
+    net = nn.Linear(2, 1)
+    net(torch.ones(1, 2)).sum().backward()
+    common.guarded_step(net, [torch.optim.SGD(net.parameters(), 1.0)], 0)
+    assert all(weight.grad is None for weight in net.parameters())
+
+
+# ---- random numbers of the parts of a step -------------------------------------------------------
+
+
+def parts_of(step, grad_accum=2, seed=0):
+    """The first random number of each part of a step, with --grad-accum."""
+    args = argparse.Namespace(grad_accum=grad_accum, device="cpu", seed=seed)
+    return [torch.rand(()).item() for _ in common.batch_parts(args, step)]
+
+
+def test_every_part_of_every_step_has_its_own_random_numbers():
+    drawn = parts_of(0) + parts_of(1) + parts_of(2, seed=1) + parts_of(2)
+    assert len(set(drawn)) == 8
+
+
+def test_a_part_of_a_step_has_the_same_random_numbers_again():
+    assert parts_of(3) == parts_of(3)
+
+
+def test_a_batch_that_is_not_split_goes_on_with_the_numbers_that_come_next():
+    torch.manual_seed(0)
+    drawn = parts_of(0, grad_accum=1) + parts_of(0, grad_accum=1)
+    torch.manual_seed(0)
+    assert drawn == torch.rand(2).tolist()
+
+
 # ---- Muon ----------------------------------------------------------------------------------------
 
 
@@ -148,6 +205,53 @@ def test_muon_step_is_orthogonal(muon_step):
 def test_muon_step_goes_downhill(muon_step):
     update, grad = muon_step
     assert (update * grad).sum() < 0
+
+
+def muon_updates(*gradients, momentum):
+    """What each of these gradients in turn changes of one weight of 4x4, at rate 1."""
+    weight = nn.Parameter(torch.zeros(4, 4))
+    muon = common.Muon([weight], lr=1.0, momentum=momentum)
+    updates = []
+    for gradient in gradients:
+        before = weight.detach().clone()
+        weight.grad = gradient.clone()
+        muon.step()
+        updates.append(weight.detach() - before)
+    return updates
+
+
+def test_muon_goes_on_with_its_momentum():
+    """Nesterov: m <- 0.9 m + 0.1 g, and the step is along 0.9 m + 0.1 g, made orthogonal."""
+    first, second = torch.randn(2, 4, 4, generator=common.rng(1))
+    momentum = 0.1 * first
+    momentum = 0.9 * momentum + 0.1 * second
+    ahead = 0.9 * momentum + 0.1 * second
+    _, update = muon_updates(first, second, momentum=0.9)
+    torch.testing.assert_close(update, -common.orthogonalize(ahead), rtol=1e-4, atol=1e-5)
+
+
+def test_muon_without_momentum_forgets_the_gradient_before():
+    first, second = torch.randn(2, 4, 4, generator=common.rng(1))
+    _, update = muon_updates(first, second, momentum=0.0)
+    torch.testing.assert_close(update, -common.orthogonalize(second), rtol=1e-4, atol=1e-5)
+
+
+def test_muon_has_momentum_by_default():
+    (group,) = common.Muon([nn.Parameter(torch.zeros(2, 2))], lr=1.0).param_groups
+    assert group["momentum"] == 0.95
+
+
+def test_muon_trains_the_convolutions_inside_and_adam_everything_else():
+    net = common.UNet(width=8)
+    names = {id(weight): name for name, weight in net.named_parameters()}
+    muon, adam = common.muon_and_adam(net, lr=1e-3)
+    by_muon = [names[id(weight)] for weight in muon.param_groups[0]["params"]]
+    by_adam = [names[id(weight)] for weight in adam.param_groups[0]["params"]]
+    assert sorted(by_muon + by_adam) == sorted(names.values())
+    assert {"down.0.conv1.weight", "mid.conv2.weight", "fuse.1.weight"} <= set(by_muon)
+    assert {"stem.weight", "head.2.weight", "down.0.film.weight"} <= set(by_adam)
+    assert muon.param_groups[0]["lr"] == 0.02
+    assert adam.param_groups[0]["lr"] == 1e-3
 
 
 # ---- checkpoints and folders ---------------------------------------------------------------------

@@ -2155,17 +2155,22 @@ def _decode(source, cache, size, crop, source_key=""):
 
     Raises ValueError, with their paths, if pictures cannot be read. Nothing half done is left.
     """
-    unfinished = cache.with_name(f"{cache.stem}.tmp{os.getpid()}.npy")
-    notes = cache.with_name(f"{cache.stem}.tmp{os.getpid()}.npz")
+    for path in cache.parent.glob(f"{cache.stem}.np?.tmp*"):  # of programs that were killed
+        match = LEFTOVER.fullmatch(path.name)
+        if match and not _is_in_use(path, int(match["pid"])):
+            path.unlink(missing_ok=True)
+    unfinished = cache.with_name(f"{cache.stem}.npy.tmp{os.getpid()}")
+    notes = cache.with_name(f"{cache.stem}.npz.tmp{os.getpid()}")
     try:
         labels, checksum = _decode_images(source, unfinished, size, crop)
-        np.savez(
-            notes,
-            labels=labels,
-            classes=np.array(_class_names(source)),
-            source=np.array(source_key),
-            checksum=np.array(checksum),
-        )
+        with notes.open("wb") as file:  # given a path, savez would put .npz behind it
+            np.savez(
+                file,
+                labels=labels,
+                classes=np.array(_class_names(source)),
+                source=np.array(source_key),
+                checksum=np.array(checksum),
+            )
         # The labels first: when the images appear, in one move, both files are whole.
         os.replace(notes, cache.with_suffix(".npz"))
         os.replace(unfinished, cache)

@@ -329,6 +329,17 @@ def test_an_interrupted_decoding_leaves_nothing(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
 
 
+def test_what_a_killed_decoding_has_left_goes(tmp_path):
+    write_pictures(tmp_path, {"a": 10, "b": 10})
+    dead = tmp_path / "folder-all.npy.tmp4194305"  # above Linux's largest process number
+    dead.write_bytes(b"half")
+    living = tmp_path / f"folder-all.npy.tmp{os.getppid()}"
+    living.write_bytes(b"half")
+    check_success(read_folder(tmp_path))
+    assert not dead.exists()
+    assert living.exists()
+
+
 def test_a_class_without_pictures_is_named(tmp_path):
     write_pictures(tmp_path, {"a": 10, "b": 0})
     check_refusal(read_folder(tmp_path), "'b' has no picture")

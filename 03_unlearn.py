@@ -25,7 +25,9 @@ forgotten by its absence: not_bangs.
 
 Writes out/<dataset>/forget-<names>/<method>-<sde>[-<flag><value>...][-scratch][-s<seed>]/, where a
 flag is named if it was given and changes the model: model.pt, result.json, log.jsonl, curves.png,
-before_after.png. Expect with --forget 3: see README.
+before_after.png. Expect with --forget 3: see README. A run that made things worse (more of what was
+to be forgotten than before, or half of the samples rubbish) says so and ends with status 1. It goes
+into a folder of its own, <name>-worse, and replaces nothing.
 
 Predict, then run:
   1. Which digits pay for the forgetting of 3?            (class_counts in result.json)

@@ -19,10 +19,11 @@ Contents
 
     The plumbing: skip it on first reading
      9  Data                   RECIPES, load_dataset, dequantize, draw_batch, split_forget
+        Files and pictures     check_dataset, refuse_too_few, cache_folders, read_picture
     10  Training               EMA, Muon, set_lr, batch_parts, guarded_step, autocast
     11  Processes              ranks, share_work, wait_for_all_processes
     12  Checkpoints, folders   save_checkpoint, load_net, find_base, find_runs, run_name, locked
-        Files                  whole_file, write_json, json_line, remove_leftovers
+        Files                  read_torch_file, fingerprint, whole_file, write_json, json_line
     13  The judge on disk      judge_path, train_judge, load_judge
     14  Pictures               pyplot, tile, short_name, label_corner
     15  Command line           exit_with_error, parser, finish_args, command_line, run

@@ -195,6 +195,7 @@ class Model:
     optimizers: list  # each moves some of the weights
     sde: common.SDE  # the noise that images get in training
     shape: tuple  # (C, H, W) of the images
+    data_key: int = 0  # of the training set, see common.data_key
     num_skipped: int = 0  # steps so far that were left out: their gradient was not finite
 
 
@@ -395,16 +396,19 @@ def save(path, step, model, args):
         optimizers=[optimizer.state_dict() for optimizer in model.optimizers],
         step=step,
         skipped_steps=model.num_skipped,
+        data=[model.data_key],
         rng=torch.get_rng_state(),
         args=vars(args),
         torch=str(torch.__version__),
     )
 
 
-def resume(path, model, args):
+def resume(path, model, args, train_set):
     """Load a checkpoint into the model and the random generator; return the step to go on with.
 
-    Exits with one line if the checkpoint is missing, or holds a network of another architecture.
+    train_set  the Dataset that is there now
+
+    Exits with one line if the checkpoint is missing, or does not fit the network or the flags.
     """
     left_out = ["--without", *args.without] if args.without else []
     command = common.command_line("02_train_sde.py", args, *left_out)
@@ -423,8 +427,14 @@ def resume(path, model, args):
     except Exception as error:  # entries that do not fit raise half a dozen types
         reason = str(error).splitlines()[0]
         common.exit_with_error(f"{path} cannot be resumed ({reason}); begin again with: {command}")
+    if not 0 <= int(checkpoint["step"]) <= args.steps:
+        common.exit_with_error(
+            f"{path} has done {checkpoint['step']} steps, and --steps is {args.steps}; "
+            "give as many or more"
+        )
+    common.warn_of_other_data(path, checkpoint.get("data"), train_set, command)
     print(f"resumed {path} at step {checkpoint['step']}")
-    return checkpoint["step"]
+    return int(checkpoint["step"])
 
 
 # What a training is made of, by name of the flag. All else may differ when it is resumed: how the
@@ -492,7 +502,20 @@ def restore(model, checkpoint):
     # strict: with one state too few an optimizer would start anew, and nobody would notice.
     for optimizer, state in zip(model.optimizers, checkpoint["optimizers"], strict=True):
         optimizer.load_state_dict(state)
+        check_state(optimizer)
     torch.set_rng_state(checkpoint["rng"])
+
+
+def check_state(optimizer):
+    """Raise ValueError if what an optimizer has loaded does not fit its weights; torch does not."""
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            if optimizer.state and weight not in optimizer.state:
+                raise ValueError("an optimizer has forgotten some of its weights")
+            for value in optimizer.state[weight].values():
+                is_average = torch.is_tensor(value) and value.ndim > 0  # and not Adam's step count
+                if is_average and value.shape != weight.shape:
+                    raise ValueError("an optimizer belongs to other weights")
 
 
 def checkpoint_path(args, forget_names):
@@ -707,7 +730,8 @@ def main(argv=None):
 
         # ---- model: from scratch
         model = make_model(args, data.images.shape[1:])
-        first_step = resume(path, model, args) if args.resume else 0
+        model.data_key = common.data_key(train_set)
+        first_step = resume(path, model, args, train_set) if args.resume else 0
 
         # ---- loop
         is_finished = train(args, data, model, path, first_step, kept_steps)

@@ -942,6 +942,9 @@ def main(argv=None):
     # ---- model: a copy of the Standard model, which itself stays as obt-rel's reference  # <-- 03
     shape = data.images.shape[1:]
     model = make_model(args, shape)
+    if model.base is not None:
+        base_path, command = common.find_base(args)
+        common.warn_of_other_data(base_path, model.base.made_of, train_set, command)
     judge = common.load_judge(args, train_set, data.forget_names)
 
     # fresh_folder: if this run fails, the folder of an earlier one stays as it was.

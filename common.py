@@ -2782,6 +2782,7 @@ def load_net(path, command, device="cpu", shape=None):
     """
     content = load_checkpoint(path, command)
     net = build_network(UNet, content["arch"], content["ema"], path, command)
+    net.made_of = content.get("data")  # for warn_of_other_data
     if shape is not None:
         refuse_other_shape(path, command, net, content, tuple(shape))
     return net.to(device).eval()
@@ -3003,6 +3004,30 @@ def fingerprint(*tensors):
     return digest.hexdigest()[:16]
 
 
+def data_key(data):
+    """Return a number for the content of a Dataset; see warn_of_other_data."""
+    return zlib.crc32(data.labels.numpy(), _checksum(data.images.numpy()))
+
+
+def warn_of_other_data(path, made_of, data, command):
+    """Print one line on stderr if a file was trained on other images than those that are there.
+
+    path     of the file; nothing is printed if it does not say what it was trained on
+    made_of  data_keys of the Datasets that count as the same, or None if the file does not say
+    data     the Dataset that is there now
+    command  what makes the file
+
+    It is no error: whoever adds a picture to a thousand may go on with the old model.
+    """
+    if made_of is None or not is_first_process() or data_key(data) in made_of:
+        return
+    print(
+        f"note: {path} was trained on other images than those that are there now; "
+        f"train it again with: {command}",
+        file=sys.stderr,
+    )
+
+
 def make_folder(path):
     """Create a folder and return its Path; exit with one line that says why it cannot be."""
     try:
@@ -3213,6 +3238,7 @@ def train_judge(args, forget=(), seed=0):
     path = make_folder(Path(args.out) / args.dataset) / _judge_file(args, forget)
     train, test = load_train_and_test(args.dataset, args.data_dir, forget, cache_folders(args))
     refuse_unknown_to_judge(train)
+    made_of = [data_key(train), data_key(test)]
     num_epochs = 8
     if args.quick:
         num_epochs = 1
@@ -3232,6 +3258,7 @@ def train_judge(args, forget=(), seed=0):
         model=weights,
         classes=train.classes,
         accuracy=accuracy.item(),
+        data=made_of,
     )
     print(f"test accuracy {100 * accuracy:.2f} % on {len(is_right)} images; wrote {path}")
 
@@ -3280,6 +3307,7 @@ def load_judge(args, data, forget=()):
         exit_with_error(
             f"{path} knows other classes ({names}); another folder of pictures needs another --out"
         )
+    warn_of_other_data(path, checkpoint.get("data"), data, command)
     return judge.to(args.device).eval()
 
 
@@ -3600,10 +3628,11 @@ def use_all_cores():
     _, num_processes = ranks()
     # More threads than cores would slow all of them down.
     limits = [allowed_cores() // num_processes]
-    # OpenMP also allows a list, for nested loops: the first one counts.
-    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    if wanted.isdigit() and int(wanted) > 0:
-        limits.append(int(wanted))
+    for name in ("OMP_NUM_THREADS", "OMP_THREAD_LIMIT", "MKL_NUM_THREADS"):
+        # OpenMP also allows a list, for nested loops: the first one counts.
+        wanted = os.environ.get(name, "").split(",")[0].strip()
+        if wanted.isdigit() and int(wanted) > 0:
+            limits.append(int(wanted))
     torch.set_num_threads(max(1, min(limits)))
 
 

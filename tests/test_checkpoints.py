@@ -241,7 +241,12 @@ def stopped(tmp_path_factory):
 
 def misfits(content):
     """What can be wrong with a file to resume, as changes of its content."""
+    first, *others = content["optimizers"]
     return {
+        "another optimizer's shapes": {"optimizers": [turn_averages(first), *others]},
+        "an optimizer without its averages": {"optimizers": [drop_an_average(first), *others]},
+        "more steps than are wanted": {"step": 9},
+        "steps below zero": {"step": -1},
         "one optimizer": {"optimizers": content["optimizers"][:1]},
         "no optimizer": {"optimizers": []},
         "exchanged optimizers": {"optimizers": content["optimizers"][::-1]},
@@ -254,7 +259,21 @@ def misfits(content):
     }
 
 
-NOTHING = {"optimizers": [], "rng": []}
+def turn_averages(optimizer):
+    """The state of an optimizer with its averages flattened."""
+    state = {}
+    for index, entry in optimizer["state"].items():
+        state[index] = {name: value.flatten() for name, value in entry.items()}
+    return {**optimizer, "state": state}
+
+
+def drop_an_average(optimizer):
+    """The state of an optimizer without that of its first weight."""
+    state = dict(list(optimizer["state"].items())[1:])
+    return {**optimizer, "state": state}
+
+
+NOTHING = {"optimizers": [{"state": {}}], "rng": []}
 
 
 @pytest.mark.parametrize("what", list(misfits(NOTHING)))

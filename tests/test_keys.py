@@ -4,9 +4,10 @@ import argparse
 from typing import NamedTuple
 
 import benchmark
+import numpy as np
 import pytest
 import torch
-from conftest import load_script
+from conftest import arguments, check_success, load_script, run_script
 
 import common
 
@@ -95,6 +96,75 @@ def test_the_same_weights_with_another_sd_are_another_network():
     nets[1].load_state_dict(nets[0].state_dict())
     digests = [benchmark.weights_digest(net) for net in nets]
     assert digests[0] != digests[1]
+
+
+# ---- models of other images ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_sets():
+    """Two Datasets with the same names of classes; one image of the second is another one."""
+    images = torch.zeros(8, 1, 28, 28, dtype=torch.uint8)
+    one = common.Dataset(images, torch.arange(8) % 2, ["a", "b"])
+    other_images = images.clone()
+    other_images[3, 0, 5, 5] = 1
+    return one, one._replace(images=other_images)
+
+
+def test_a_file_of_other_images_is_said_to_be_one(two_sets, capsys):
+    one, other = two_sets
+    common.warn_of_other_data("x.pt", [common.data_key(one)], one, "the command")
+    common.warn_of_other_data("x.pt", None, other, "the command")
+    assert capsys.readouterr().err == ""
+    common.warn_of_other_data("x.pt", [common.data_key(one)], other, "the command")
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "x.pt was trained on other images" in err
+    assert "the command" in err
+
+
+def test_other_labels_are_other_data(two_sets):
+    one, _ = two_sets
+    assert common.data_key(one) != common.data_key(one._replace(labels=1 - one.labels))
+
+
+def test_a_judge_of_other_images_is_said_to_be_one(tmp_path, two_sets, capsys):
+    one, other = two_sets
+    judge = common.Judge(1, 2)
+    path = tmp_path / "fashion_mnist/judge.pt"
+    path.parent.mkdir()
+    more = {"classes": one.classes, "data": [common.data_key(one)]}
+    common.save_checkpoint(path, arch=judge.arch, model=judge.state_dict(), **more)
+    args = arguments(tmp_path, dataset="fashion_mnist")
+    common.load_judge(args, one)
+    assert capsys.readouterr().err == ""
+    common.load_judge(args, other)
+    assert "trained on other images" in capsys.readouterr().err
+
+
+def write_mnist(folder, seed):
+    """A small mnist.npz of noise."""
+    generator = np.random.default_rng(seed)
+    arrays = {}
+    for part, n in (("train", 60), ("test", 40)):
+        arrays[f"x_{part}"] = generator.integers(0, 256, (n, 28, 28), dtype=np.uint8)
+        arrays[f"y_{part}"] = np.arange(n, dtype=np.uint8) % 10
+    np.savez(folder / "mnist.npz", **arrays)
+
+
+def test_unlearning_and_resuming_say_that_the_data_are_others(tmp_path):
+    flags = ("--quick", "--data-dir", tmp_path, "--out", tmp_path / "out", "--batch-size", 4)
+    write_mnist(tmp_path, 0)
+    train = ("--width", 16, "--steps", 2)
+    check_success(run_script("02", *flags, *train))
+    unlearn = ("--forget", 3, "--steps", 1, "--n", 10, "--nfe", 2)
+    same = run_script("03", *flags, *unlearn)
+    write_mnist(tmp_path, 1)
+    resumed = run_script("02", *flags, *train[:2], "--steps", 3, "--resume")
+    for run in (same, resumed):
+        check_success(run)
+    assert "other images" not in same.err
+    assert "base.pt was trained on other images" in resumed.err
 
 
 @pytest.mark.parametrize(

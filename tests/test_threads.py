@@ -35,6 +35,12 @@ def test_omp_num_threads_is_a_limit(machine, monkeypatch, value, expected):
     assert machine(3) == expected
 
 
+@pytest.mark.parametrize("name", ["OMP_THREAD_LIMIT", "MKL_NUM_THREADS"])
+def test_other_variables_are_limits_too(machine, monkeypatch, name):
+    monkeypatch.setenv(name, "2")
+    assert machine(3) == 2
+
+
 def test_a_quota_is_a_limit(machine):
     assert machine(4, quotas=[3, 2]) == 2
 

@@ -28,6 +28,7 @@ import argparse
 import hashlib
 import json
 import math
+import shlex
 import statistics
 import sys
 import time
@@ -450,9 +451,12 @@ def read_samplers_file(args):
         known = samplers(argparse.Namespace(budgets=(budget,), pc_steps=args.pc_steps))
         return table, {chosen: known[chosen], "pc": known["pc"]}
     except (OSError, ValueError, KeyError):
+        where = ["--samplers-file", args.samplers_file, "--out", str(args.out)]
+        if args.quick:  # it adds its folder to --out again
+            where = [*where[:3], str(Path(args.out).parent), "--quick"]
         common.exit_with_error(
             f"{args.samplers_file} is missing, damaged or of --quick; "
-            f"make it with: {SAMPLERS_COMMAND}"
+            f"make it with: {SAMPLERS_COMMAND} {shlex.join(where)}"
         )
 
 

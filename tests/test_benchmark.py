@@ -168,10 +168,13 @@ def check_same_samplers(again, content):
 )
 def test_bad_input_is_one_line(benchmark, tmp_path, capsys, monkeypatch, argv, word):
     monkeypatch.chdir(tmp_path)
-    assert run(benchmark, *argv, "--quick", "--out", tmp_path / "out") == 2
+    out = tmp_path / "out"
+    assert run(benchmark, *argv, "--quick", "--out", out) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert word in err
+    if argv:  # the line makes the file that is missing
+        assert err.endswith(f"--samplers-file nowhere.json --out {out} --quick\n")
     assert not (tmp_path / "x.json").exists()
 
 

@@ -10,6 +10,7 @@ import torch
 from conftest import (
     check_refusal,
     check_success,
+    only_run,
     parse_json,
     quick,
     read_json,
@@ -316,4 +317,5 @@ def test_every_script_writes_strict_json(tmp_path, small_base, broken_measures, 
     assert set(found) == {"log.jsonl", "result.json", "table.json"}
     assert found["result.json"]["fd_after"] is None
     assert found["result.json"]["class_min_ratio"] is None
-    assert {line["loss_g"] for line in found["log.jsonl"]} == {None}
+    lines = read_all_json(only_run(tmp_path))["log.jsonl"]
+    assert {line["loss_g"] for line in lines} == {None}

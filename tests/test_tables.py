@@ -180,6 +180,7 @@ def test_no_argument_is_overlooked(speller, tmp_path, number, short):
         "02": {
             "device",
             "cache_dir",
+            "overwrite",
             "resume",
             "save_every",
             "sample_every",

@@ -304,23 +304,18 @@ def encode_decode(net, sde, x0, steps=20, t=0.02, generator=None):
     With VP the latent becomes .997 x_T + .077 n. With VE nearly nothing changes: std(.02) is .012,
     and x_T has the size 50. VP with t=0 gives x0 again, up to the error of the solver.
     """
-    sigmas = common.karras_sigmas(steps + 1, sde.sigma_max(), 0.001)
-    phis = torch.atan(sigmas.to(x0) / net.sd)  # (steps + 1,), falling
+    sigmas = common.karras_sigmas(steps + 1, sde.sigma_max(), 0.001).to(x0)  # falling
 
-    # The ODE is solved in y = x_hat/sqrt(sigma^2 + sd^2) = x_hat cos(phi)/sd, where x0 counts as
-    # x_hat at the smallest sigma. flip: the nodes backwards lead from the data up to the noise.
-    y = common.heun_solve(net, x0 * torch.cos(phis[-1]) / net.sd, phis.flip(0))
+    # x0 counts as x_hat at the smallest sigma. The levels backwards lead from data up to noise.
+    x_hat = common.heun_solve(net, x0, sigmas.flip(0))
 
-    # y is the latent in other units: x_T = latent_scale y. So noise of std(t) on x_T is noise of
-    # std(t)/latent_scale on y.
+    # x_T = s(T) x_hat, so that noise of std(t) on x_T is std(t)/s(T) on x_hat.
     s_T = sde.s(torch.ones(1)).item()
-    latent_scale = net.sd / torch.cos(phis[0]) * s_T
-    noise_time = torch.tensor([t])
-    latent_noise = sde.std(noise_time).item() / latent_scale * noise_like(x0, generator)
-    y = sde.s(noise_time).item() * y + latent_noise
+    t = torch.tensor([t])
+    latent_noise = sde.std(t).item() / s_T * noise_like(x0, generator)
+    x_hat = sde.s(t).item() * x_hat + latent_noise
 
-    # Back to the smallest sigma, and from y to x_hat.
-    return common.heun_solve(net, y, phis) * net.sd / torch.cos(phis[-1])
+    return common.heun_solve(net, x_hat, sigmas)
 
 
 def noise_and_denoise(net, x0, sigma, steps=20, generator=None):

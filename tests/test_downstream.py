@@ -247,6 +247,34 @@ def test_encode_decode_is_the_identity_for_an_exact_score(downstream, gaussian, 
     assert error(8) > 4 * error(200)
 
 
+def test_the_error_of_the_latent_falls_to_a_quarter(gaussian):
+    """The way that encode_decode takes to the latent, against the flow of a Gaussian."""
+    x0 = gaussian.sample(100, common.rng(0))
+    mean = gaussian.means[0]
+    axes = gaussian.eigenvectors[0]
+    variances = gaussian.eigenvalues[0]
+    growth = ((variances + 152.0**2) / (variances + 0.001**2)).sqrt()
+    want = mean + ((x0 - mean) @ axes * growth) @ axes.T
+
+    def error(steps):
+        sigmas = common.karras_sigmas(steps + 1, 152.0, 0.001).double()
+        return (common.heun_solve(gaussian, x0, sigmas.flip(0)) - want).abs().max().item()
+
+    assert error(80) / error(160) == pytest.approx(4, rel=0.25)
+
+
+def test_the_error_of_encode_decode_falls_to_a_quarter_or_less(downstream, gaussian):
+    """Less, because what the way there does wrong is undone on the way back, but for a rest."""
+    x0 = gaussian.sample(100, common.rng(0))
+
+    def error(steps):
+        generator = common.rng(1)
+        x = downstream.encode_decode(gaussian, common.VP(), x0, steps, t=0.0, generator=generator)
+        return (x - x0).abs().max().item()
+
+    assert error(80) > 3.6 * error(160)
+
+
 @SDES
 def test_the_papers_latent_noise_against_its_closed_form(downstream, gaussian, sde):
     """For a Gaussian the ODE scales x_hat - m by sqrt(eigenvalue + sigma^2) along each axis."""

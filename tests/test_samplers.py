@@ -44,7 +44,7 @@ def order_of_convergence(error, error_of_half_the_step):
     "sde", [common.VE(), common.VP(), common.SubVP()], ids=["ve", "vp", "subvp"]
 )
 @pytest.mark.parametrize("predictor", ["euler_maruyama", "reverse_diffusion", "ancestral"])
-@pytest.mark.parametrize("corrector", [False, True], ids=["p", "pc"])
+@pytest.mark.parametrize("corrector", [None, "langevin", "ald"])
 def test_pc_sampler(sde, predictor, corrector, gaussian):
     """Every predictor with every SDE, also sub-VP with the corrector, where score_sde crashes."""
     x = sde.prior((20000, 2), common.rng(0)).double()
@@ -65,7 +65,7 @@ def test_ddpm_ancestral_sampling(steps, gaussian):
     sde = common.DDPM()
     x = sde.prior((20000, 2), common.rng(0)).double()
     x = common.pc_sample(
-        gaussian, sde, x, steps, "ancestral", corrector=False, generator=common.rng(1)
+        gaussian, sde, x, steps, "ancestral", corrector=None, generator=common.rng(1)
     )
     assert distance_to_endpoint(x, gaussian) < 0.01
 
@@ -77,7 +77,7 @@ def test_ddpm_ancestral_step_is_algorithm_2(gaussian):
     beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     alpha_bar = torch.cumprod(1 - beta, 0)
     got = common.pc_sample(
-        gaussian, sde, start, 999, "ancestral", corrector=False, generator=common.rng(1)
+        gaussian, sde, start, 999, "ancestral", corrector=None, generator=common.rng(1)
     )
 
     def score(x, level):
@@ -103,7 +103,7 @@ def test_pc_sampler_improves_with_steps(gaussian):
     errors = []
     for steps in (20, 60, 180):
         x = sde.prior((20000, 2), common.rng(0)).double()
-        x = common.pc_sample(gaussian, sde, x, steps, corrector=False, generator=common.rng(1))
+        x = common.pc_sample(gaussian, sde, x, steps, corrector=None, generator=common.rng(1))
         errors.append(distance_to_endpoint(x, gaussian))
     assert errors[0] > 2 * errors[1]
     assert errors[1] > 2 * errors[2]
@@ -114,43 +114,131 @@ def test_pc_rejects_an_unknown_predictor(gaussian):
         common.pc_sample(gaussian, common.VP(), torch.zeros(2, 2), 2, predictor="magic")
 
 
+@pytest.mark.parametrize("corrector", [True, "magic"])
+def test_pc_rejects_an_unknown_corrector(gaussian, corrector):
+    with pytest.raises(ValueError, match=str(corrector)):
+        common.pc_sample(gaussian, common.VP(), torch.zeros(2, 2), 2, corrector=corrector)
+
+
+def langevin_inputs(shape):
+    """Point, score and noise of this shape; the scores of two images differ in length by 10."""
+    generator = common.rng(0)
+    x = torch.randn(shape, generator=generator)
+    score = torch.randn(shape, generator=generator)
+    score[0] *= 10
+    noise = torch.randn(shape, generator=generator)
+    return x, score, noise
+
+
+def score_sde_step(x, score, noise, alpha, snr, ratio):
+    """Song et al. 2021, Algorithm 5, in its own symbols, for a given |noise|/|score|."""
+    step_size = 2 * alpha * (snr * ratio) ** 2
+    return x + step_size * score + math.sqrt(2 * step_size) * noise
+
+
+def test_langevin_step_measures_each_image_by_itself():
+    x, score, noise = langevin_inputs((2, 1, 8, 8))
+    std = torch.full((2,), 99.0)  # has no part in it
+    decay = torch.full((2, 1, 1, 1), 0.9)
+    got = common.langevin_step(x, score, noise, std, decay, snr=0.2)
+    for i in range(2):
+        ratio = noise[i].norm().item() / score[i].norm().item()
+        want = score_sde_step(x[i], score[i], noise[i], 0.9**2, 0.2, ratio)
+        torch.testing.assert_close(got[i], want)
+
+
+def test_langevin_step_of_points_averages_over_the_batch():
+    """What score_sde does for images too: mean length of the noise over mean length of scores."""
+    x, score, noise = langevin_inputs((5, 2))
+    got = common.langevin_step(x, score, noise, torch.ones(5), torch.ones(5, 1), snr=0.2)
+    ratio = noise.norm(dim=1).mean().item() / score.norm(dim=1).mean().item()
+    torch.testing.assert_close(got, score_sde_step(x, score, noise, 1.0, 0.2, ratio))
+
+
+def test_ald_step_takes_the_lengths_at_their_expectation():
+    """|score| = |noise|/std, whatever the lengths are."""
+    x, score, noise = langevin_inputs((2, 1, 8, 8))
+    std = torch.tensor([0.5, 3.0])
+    got = common.langevin_step(x, score, noise, std, torch.ones(2, 1, 1, 1), 0.2, norms="ald")
+    for i, ratio in enumerate((0.5, 3.0)):
+        want = score_sde_step(x[i], score[i], noise[i], 1.0, 0.2, ratio)
+        torch.testing.assert_close(got[i], want)
+
+
 # ---- the probability-flow ODE --------------------------------------------------------------------
 
 
-def exact_flow(gaussian, y, phi_start, phi_end):
-    """The probability-flow ODE of a Gaussian in closed form, from y at phi_start to phi_end.
+def exact_flow(gaussian, x_hat, sigma_start, sigma_end):
+    """The probability-flow ODE of a Gaussian in closed form, from x_hat at one sigma to another.
 
     On the axes of the covariance, x_hat - mean scales as sqrt(eigenvalue + sigma^2).
     """
-    sd = gaussian.sd
-    sigma_start = sd * math.tan(phi_start)
-    sigma_end = sd * math.tan(phi_end)
     mean = gaussian.means[0]
     eigenvalues = gaussian.eigenvalues[0]
     eigenvectors = gaussian.eigenvectors[0]
-    local = (y * math.hypot(sigma_start, sd) - mean) @ eigenvectors
     scale = ((eigenvalues + sigma_end**2) / (eigenvalues + sigma_start**2)).sqrt()
-    x_hat = mean + (local * scale) @ eigenvectors.T
-    return x_hat / math.hypot(sigma_end, sd)
+    return mean + ((x_hat - mean) @ eigenvectors * scale) @ eigenvectors.T
 
 
-def test_heun_converges_with_order_two(gaussian):
-    y = torch.randn(50, 2, generator=common.rng(0), dtype=torch.float64)
-    want = exact_flow(gaussian, y, 1.5, 0.1)
+@pytest.mark.parametrize("ends", [(10.0, 0.1), (0.1, 10.0)], ids=["decode", "encode"])
+def test_heun_converges_with_order_two(gaussian, ends):
+    x_hat = torch.randn(50, 2, generator=common.rng(0), dtype=torch.float64)
+    want = exact_flow(gaussian, x_hat, *ends)
 
     def error(steps):
-        phis = torch.linspace(1.5, 0.1, steps + 1, dtype=torch.float64)
-        return (common.heun_solve(gaussian, y, phis) - want).abs().max()
+        logs = [math.log10(end) for end in ends]
+        sigmas = torch.logspace(*logs, steps + 1, dtype=torch.float64)
+        return (common.heun_solve(gaussian, x_hat, sigmas) - want).abs().max()
 
     assert order_of_convergence(error(40), error(80)) == pytest.approx(2, abs=0.3)
 
 
-def test_encode_decode_round_trip(gaussian):
-    y = torch.randn(50, 2, generator=common.rng(0), dtype=torch.float64)
+def test_heun_is_exact_where_data_and_noise_are_constant():
+    """With one image as data z_hat never changes on the way: one step, however long, is enough."""
+    image = torch.randn(1, 1, 4, 4, generator=common.rng(0), dtype=torch.float64)
+    noise = torch.randn(3, 1, 4, 4, generator=common.rng(1), dtype=torch.float64)
+
+    def z_hat(x_hat, sigma):
+        return (x_hat - image) / common.expand_like(sigma, x_hat)
+
+    net = common.ExactNet(z_hat, sd=0.5)
+    x_hat = common.heun_solve(net, image + 80 * noise, torch.tensor([80.0, 0.01]).double())
+    torch.testing.assert_close(x_hat, image + 0.01 * noise)
+
+
+def edm_heun(net, noise, sigmas):
+    """Karras et al. 2022, Algorithm 1, in its own symbols (D the denoiser), without churn."""
+    t = [*sigmas.tolist(), 0.0]
+
+    def slope(x, sigma):
+        denoised, _ = common.predict(net, x, torch.full((len(x),), sigma, dtype=x.dtype))
+        return (x - denoised) / sigma
+
+    x = noise * t[0]
+    for now, after in zip(t[:-1], t[1:]):
+        d = slope(x, now)
+        x_next = x + (after - now) * d
+        if after != 0:
+            x_next = x + (after - now) * (0.5 * d + 0.5 * slope(x_next, after))
+        x = x_next
+    return x
+
+
+@pytest.mark.parametrize("num_evaluations", [9, 19, 29])
+def test_ode_sample_is_as_near_to_the_gaussian_as_edms_own_step(gaussian, num_evaluations):
+    """Wasserstein distance at few evaluations; a step in phi is many times further away at 9."""
+    noise = torch.randn(20000, 2, generator=common.rng(0), dtype=torch.float64)
+    sigmas = common.karras_sigmas((num_evaluations + 1) // 2, 80.0).double()
+    ours = distance_to_endpoint(common.ode_sample(gaussian, noise, sigmas), gaussian)
+    edm = distance_to_endpoint(edm_heun(gaussian, noise, sigmas), gaussian)
+    assert ours < 1.001 * edm + 1e-9
+
+
+def test_heun_there_and_back_is_a_round_trip(gaussian):
+    x_hat = torch.randn(50, 2, generator=common.rng(0), dtype=torch.float64)
     sigmas = common.karras_sigmas(200, 152.0, 0.001).double()
-    phis = torch.atan(sigmas / gaussian.sd)
-    latent = common.heun_solve(gaussian, y, phis.flip(0))
-    assert (common.heun_solve(gaussian, latent, phis) - y).abs().max() < 1e-3
+    latent = common.heun_solve(gaussian, x_hat, sigmas.flip(0))
+    assert (common.heun_solve(gaussian, latent, sigmas) - x_hat).abs().max() < 1e-3
 
 
 def test_ode_sample_has_the_right_distribution(gaussian):

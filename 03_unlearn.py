@@ -468,7 +468,8 @@ def objective(args, net, base, sde, x_g, x_f):  # <-- 03
     elif args.method == "unseen":
         loss = loss_g
     else:
-        # The paper's objective:  L = alpha L_g + (1 - alpha) L_f
+        # The paper's objective:  L = alpha L_g + (1 - alpha) L_f. Its released code has alpha = .99
+        # and adds L_f at every fourth step alone: on average L_f weighs 1/396 of L_g there.
         loss = args.alpha * loss_g + (1 - args.alpha) * loss_f
     return loss, loss_g, loss_f
 
@@ -500,8 +501,10 @@ def erasediff_loss(net, sde, x0, t):  # <-- 03
     t   (B,) their times
 
     The loss is |z_hat - u|^2 for each image, (B,), with u ~ U(0, 1) drawn afresh. Four versions are
-    in circulation. This is the one for models without classes: Gaussian noise makes x_t, and u has
-    nothing to do with that noise.
+    in circulation. This is the one for models without classes. The code of SISS has it, and the
+    released code of the paper: Gaussian noise makes x_t, and u has nothing to do with that noise.
+    The first code of EraseDiff makes x_t with u itself. Its newest version is another one still:
+    the target is what the network says for another class, which needs a model with classes.
     """
     _, _, z_hat = common.noised(net, sde, x0, t)
     u = torch.rand_like(x0)  # nobody can predict u, so its mean is learned: a constant 1/2

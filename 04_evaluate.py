@@ -79,6 +79,13 @@ def arguments(argv):
         help="test images of D_g and of D_f each for the likelihood",
     )
     parser.add_argument(
+        "--nll-floor",
+        type=common.number(float, 1e-4, 1),
+        default=0.001,
+        metavar="SIGMA",
+        help="noise level at which the likelihood starts (default: 0.001; the paper's VE: 0.01)",
+    )
+    parser.add_argument(
         "--fid", action="store_true", help="also the standard FID; needs torch-fidelity"
     )
     parser.add_argument(
@@ -384,6 +391,7 @@ def sample(setup, model, name="samples", tune=None, **more_key):
     key = {
         "weights": model.digest,
         "sampler": setup.sde.sampler,
+        "sampler_version": common.SAMPLER_VERSION,
         "sde": args.sde,
         "n": args.n,
         "nfe": args.nfe,
@@ -575,6 +583,7 @@ def likelihoods(setup, model, x, cost):
         "weights": model.digest,
         "sde": args.sde,
         "nll": args.nll,
+        "nll_floor": args.nll_floor,
         "rk4": args.rk4,
         "levels": args.levels,
         "seed": args.seed,  # of the probes, and of the noise of the bound
@@ -623,7 +632,7 @@ def nll_in_nats(setup, net, x, label):
     def solve(index, steps):
         # focus: dequantised images have their finest structure at a grey level, near ln sigma = -3.
         log_p = common.ode_log_likelihood(
-            net, setup.sde, x[index], [probe[index]], steps, focus=-3.0
+            net, setup.sde, x[index], [probe[index]], steps, args.nll_floor, focus=-3.0
         )
         return -log_p.cpu()
 
@@ -633,7 +642,8 @@ def nll_in_nats(setup, net, x, label):
         bound = nll_bound(
             net,
             x[index],
-            sigma_max=setup.sde.sigma_max(),
+            args.nll_floor,
+            setup.sde.sigma_max(),
             levels=args.levels,
             # A stream of its own for each batch: which process does it makes no difference.
             generator=common.rng(args.seed, 2, k),

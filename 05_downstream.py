@@ -266,7 +266,8 @@ def pc_inpaint(net, sde, x0, hidden, steps=1000, snr=0.16, sigma_min=0.01, gener
     known pixels are replaced. NFE = 2 steps + 1.
 
     The known pixels get the noise of the level just reached. In score_sde, the code of Song et al.,
-    they still have the noise of the old level after a step of the predictor.
+    they still have the noise of the old level after a step of the predictor. And ours starts with
+    known pixels that are noised to the first level; score_sde starts with clean ones.
     """
 
     def paste(x, t):

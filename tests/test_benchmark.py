@@ -15,7 +15,9 @@ KEYS = (
     "likelihood_speedup",
     "likelihood_abs_diff",
     "sampler_speedup",
+    "sampler_speedup_euler_maruyama",
     "sampler_fd_pc",
+    "sampler_fd_euler_maruyama",
     "sampler_fd_fast",
     "sampler_n",
     "gemm_share",
@@ -90,7 +92,28 @@ def test_names_say_how_many_evaluations_are_made(benchmark):
         noise = torch.randn(2, 1, 4, 4, generator=common.rng(0))
         assert sampler.run(net, noise, common.rng(1)).shape == (2, 1, 4, 4), name
         assert len(calls) == sampler.nfe, name
-        assert name == "pc" or name.endswith(f"-{sampler.nfe}"), name
+        assert name in benchmark.SLOW or name.endswith(f"-{sampler.nfe}"), name
+
+
+def test_a_yardstick_is_never_chosen(benchmark):
+    """EDM's own steps and Euler-Maruyama stand beside ours to be compared, not to be taken."""
+    rows = {
+        "pc": PC_ROW,
+        "euler-maruyama": {"nfe": 5, "fd": (0.1, 0.1)},
+        "edm-9": {"nfe": 9, "fd": (0.1, 0.1)},
+        "good": {"nfe": 15, "fd": (0.62, 0.64)},
+    }
+    assert benchmark.choose(rows) == ("good", True)
+
+
+@pytest.mark.parametrize("num_nodes", [2, 5])
+def test_edms_steps_and_ours_end_at_the_same_image(benchmark, gaussian, num_nodes):
+    """The same method, written down twice."""
+    noise = torch.randn(50, 2, generator=common.rng(0), dtype=torch.float64)
+    ours = benchmark.heun_sampler(num_nodes).run(gaussian, noise, None)
+    edm = benchmark.edm_sampler(num_nodes).run(gaussian, noise, None)
+    # The noise levels are float32, and so are the angles that the network gets.
+    torch.testing.assert_close(ours, edm, rtol=1e-4, atol=1e-4)
 
 
 # ---- both commands -------------------------------------------------------------------------------

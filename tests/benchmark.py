@@ -12,18 +12,18 @@ Question: what do the short cuts of common.py cost in accuracy, and what do they
   likelihood   Ours is RK4 on the circle, with drift and divergence from one forward pass. The
                recipe of score_sde is scipy's adaptive RK45 in t with rtol = atol = 1e-5, with drift
                and divergence evaluated apart. Network, images, probe and first t are the same.
-  sampler      The few-step samplers against two slow ones with 1000 steps. Euler-Maruyama without
-               corrector is what score_sde's configurations of VP and sub-VP do. Predictor-corrector
-               is what its configurations of VE do. Seconds are measured here. The Frechet distance
-               comes from assets/samplers.json (n samples a seed, two seeds), because no benchmark
-               of minutes could measure it. EDM's own Heun stands beside ours.
+  sampler      The few-step samplers against predictor-corrector with 1000 steps of VP and the
+               corrector "ald". Seconds are measured here. The Frechet distance comes from
+               assets/samplers.json (n samples a seed, two seeds), because no benchmark of minutes
+               could measure it. EDM's own Heun stands beside ours. (What score_sde does by default
+               is something else: for VE predictor-corrector with "langevin", for VP and sub-VP
+               Euler-Maruyama without a corrector, 1000 evaluations.)
   training     Floating-point operations a second of 02's step, against the best matrix product
                that this machine does.
 
 Keys of --json: likelihood_speedup, likelihood_abs_diff (bits/dim, mean over images),
-sampler_speedup (against pc), sampler_speedup_euler_maruyama, sampler_fd_pc,
-sampler_fd_euler_maruyama, sampler_fd_fast, sampler_n, gemm_share; and beside them what each is made
-of.
+sampler_speedup, sampler_fd_pc, sampler_fd_fast, sampler_n, gemm_share; and beside them what each
+is made of.
 """
 
 import argparse
@@ -337,8 +337,8 @@ def edm_sampler(num_nodes):
     return Sampler(2 * (num_nodes - 1) + 1, run)
 
 
-def vp_sampler(steps, predictor, corrector):
-    """Return a sampler of VP with so many equal steps in t: a yardstick."""
+def pc_sampler(steps):
+    """Return predictor-corrector sampling of VP with so many steps: the yardstick."""
     sde = common.VP()
     # All samplers start from the same noise. The x_T of this one is sde.prior, which is that noise
     # times std(T).
@@ -346,24 +346,17 @@ def vp_sampler(steps, predictor, corrector):
 
     def run(net, noise, generator):
         x = noise * std
-        return common.pc_sample(net, sde, x, steps, predictor, corrector, generator=generator)
+        return common.pc_sample(net, sde, x, steps, corrector="ald", generator=generator)
 
     # Predictor and corrector evaluate once each a step, and there is one more for x0_hat.
-    steps_each = 1 if corrector is None else 2
-    return Sampler(steps_each * steps + 1, run)
-
-
-# Not ours to choose: they say how good a sampler is that takes its time, and what others do.
-SLOW = ("euler-maruyama", "pc")
-YARDSTICKS = ("edm", *SLOW)
+    return Sampler(2 * steps + 1, run)
 
 
 def samplers(args):
-    """Return all samplers of the comparison, {name: Sampler}; the slow yardsticks come last.
+    """Return all samplers of the comparison, {name: Sampler}; "pc" is the last one.
 
     The number in a name is the number of evaluations. It is odd for Heun, which leaves one
-    evaluation of an even budget unused. "euler-maruyama" is what score_sde's configurations of VP
-    do. "pc" has predictor and corrector, as its configurations of VE, here for VP.
+    evaluation of an even budget unused.
     """
     result = {}
     for budget in args.budgets:
@@ -373,8 +366,7 @@ def samplers(args):
         result[f"edm-{heun.nfe}"] = edm_sampler(num_nodes)
         result[f"dpm++2m-{budget}"] = dpmpp_sampler(budget, eta=0.0)
         result[f"sde-dpm++2m-{budget}"] = dpmpp_sampler(budget, eta=1.0)
-    result["euler-maruyama"] = vp_sampler(args.pc_steps, "euler_maruyama", None)
-    result["pc"] = vp_sampler(args.pc_steps, "reverse_diffusion", "langevin")
+    result["pc"] = pc_sampler(args.pc_steps)
     return result
 
 
@@ -431,7 +423,8 @@ def choose(rows):
     distance between the seeds of PC; of several as cheap ones the best. Where there is none, it
     returns (name of the best, False).
     """
-    fast = [name for name in rows if not name.startswith(YARDSTICKS)]
+    # EDM's own steps stand in the table to be compared with ours, not to be chosen.
+    fast = [name for name in rows if name != "pc" and not name.startswith("edm-")]
     mean_fd = {name: statistics.mean(row["fd"]) for name, row in rows.items()}
 
     # Two seeds have no better measure of their scatter than their distance. FD also has a bias of
@@ -485,8 +478,8 @@ def measure_samplers(args, net, judge, train, test):
 def read_samplers_file(args):
     """Read the table that --samplers wrote, and make the two samplers that are timed.
 
-    Returns (content of the table, {name: Sampler} with the chosen one and the two slow yardsticks).
-    Exits with one line when the file is missing or damaged.
+    Returns (content of the table, {name: Sampler} with the chosen one and PC). Exits with one line
+    when the file is missing or damaged.
     """
     try:
         table = json.loads(Path(args.samplers_file).read_text())
@@ -498,7 +491,7 @@ def read_samplers_file(args):
         if not args.quick and table["pc_steps"] != args.pc_steps:
             raise ValueError("another predictor-corrector")
         known = samplers(argparse.Namespace(budgets=(budget,), pc_steps=args.pc_steps))
-        return table, {name: known[name] for name in (chosen, *SLOW)}
+        return table, {chosen: known[chosen], "pc": known["pc"]}
     except (OSError, ValueError, KeyError):
         where = ["--samplers-file", args.samplers_file, "--out", str(args.out)]
         if args.quick:  # it adds its folder to --out again
@@ -510,10 +503,9 @@ def read_samplers_file(args):
 
 
 def benchmark_sampler(args, net, shape):
-    """Time the chosen sampler and the slow yardsticks on the same noise: a dict for --json.
+    """Time PC and the chosen sampler on the same noise: a dict for --json.
 
-    The slow ones run once, the chosen one five times. All Frechet distances come from the
-    committed table.
+    PC runs once, the other one five times. Both Frechet distances come from the committed table.
     """
     table, runs = read_samplers_file(args)
     rows = table["samplers"]
@@ -524,7 +516,7 @@ def benchmark_sampler(args, net, shape):
     seconds = {}
     for name, sampler in runs.items():
         times = []
-        for _ in range(1 if name in SLOW else 5):
+        for _ in range(1 if name == "pc" else 5):
             start = time.perf_counter()
             sampler.run(net, noise, common.rng(args.seed, 1))
             times.append(time.perf_counter() - start)
@@ -533,10 +525,8 @@ def benchmark_sampler(args, net, shape):
 
     return {
         "sampler_speedup": seconds["pc"] / seconds[chosen],
-        "sampler_speedup_euler_maruyama": seconds["euler-maruyama"] / seconds[chosen],
         "sampler_n": table["n"],
         "sampler_fd_pc": statistics.mean(rows["pc"]["fd"]),
-        "sampler_fd_euler_maruyama": statistics.mean(rows["euler-maruyama"]["fd"]),
         "sampler_fd_fast": statistics.mean(rows[chosen]["fd"]),
         "sampler": {
             "chosen": chosen,

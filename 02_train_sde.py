@@ -454,7 +454,10 @@ def refuse_other_training(path, args, recorded):
     the checkpoint would say something else.
     """
     if not isinstance(recorded, dict):
-        common.exit_with_error(f"{path} does not say how it was trained; start without --resume")
+        common.exit_with_error(
+            f"{path} does not say how it was trained; "
+            "begin again with --overwrite instead of --resume"
+        )
     differences = differing_flags(args, recorded)
     if differences:
         common.exit_with_error(

@@ -438,7 +438,7 @@ def test_every_make_line_works_as_printed(flags_of_places):
 
 
 def test_the_line_for_a_damaged_file_mends_it(tmp_path, monkeypatch):
-    """The base, a run with a flag of its own, the Unseen model, and the judge."""
+    """The base, a run with a flag of its own, and the Unseen model."""
     monkeypatch.chdir(ROOT)
     where = ("--dataset", "mnist", "--quick", "--out", tmp_path)
     check_success(run_script("02", *where, *FAST["02"]))

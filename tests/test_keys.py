@@ -1,13 +1,15 @@
 """Results that are kept on disk: each key holds everything that the content depends on."""
 
 import argparse
+import json
+import runpy
 from typing import NamedTuple
 
 import benchmark
 import numpy as np
 import pytest
 import torch
-from conftest import arguments, check_success, load_script, run_script
+from conftest import ROOT, arguments, check_success, load_script, run_script
 
 import common
 
@@ -174,3 +176,56 @@ def test_a_fingerprint_tells_tensors_apart(other):
     tensor = torch.tensor([1, 2, 3])
     assert common.fingerprint(tensor) == common.fingerprint(tensor.clone())
     assert common.fingerprint(tensor) != common.fingerprint(other)
+
+
+# ---- tests/make_tables.py ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def maker(tmp_path):
+    """The globals of make_tables.py, with its table and its runs in a folder."""
+    space = runpy.run_path(str(ROOT / "tests/make_tables.py"))["run"].__globals__
+    space["PLACES"].runs = tmp_path
+    space["PLACES"].table = tmp_path / "tables.json"
+    return space
+
+
+def test_figures_of_another_model_are_measured_again(maker, tmp_path):
+    """A run was repeated with other flags under its old name."""
+    table = {"vp/x": {"command": "new"}, "nll/x": {"command": "any", "model": "old", "value": 1}}
+    maker["PLACES"].table.write_text(json.dumps(table))
+    maker.update(network=lambda name: name)
+    measured = []
+
+    def figures(net):
+        measured.append(net)
+        return {"value": 2}
+
+    for _ in range(2):
+        maker["measure_models"]("nll", {"x": "vp/x"}, figures, None)
+    assert measured == ["standard", "vp/x"]
+    assert maker["load"]()["nll/x"]["value"] == 2
+
+
+def test_a_model_of_another_command_is_made_again(maker, tmp_path):
+    """A run that was killed has left a model under the name of the run that the table has."""
+    maker["PLACES"].table.write_text(json.dumps({"vp/x": {"command": "wanted"}}))
+    folder = tmp_path / "vp-x/mnist/forget-3/ort-vp"
+    folder.mkdir(parents=True)
+    (folder / "model.pt").write_bytes(b"")
+    note = tmp_path / "vp-x/command.txt"
+    executed = []
+
+    def execute(name, command):
+        executed.append(command)
+        return folder
+
+    maker.update(execute=execute)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "load_net", lambda path, command, *_: path)
+        note.write_text("wanted")
+        assert maker["network"]("vp/x") == folder / "model.pt"
+        assert executed == []
+        note.write_text("another")
+        maker["network"]("vp/x")
+        assert executed == ["wanted --n 10"]

@@ -632,8 +632,7 @@ def draw_panels(path, toy, nets):
         ax.plot(*toy.f.means.T, "x", color="orange", ms=9, mew=2.5)
         ax.set(title=name, xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
     fig.tight_layout()
-    fig.savefig(path, dpi=80)
-    plt.close(fig)
+    common.save_figure(fig, path, dpi=80)
 
 
 def draw_frontier(path, curves, rows, bound):
@@ -684,11 +683,13 @@ def draw_frontier(path, curves, rows, bound):
     left.legend(fontsize=8)
     right.legend(fontsize=8)
     fig.tight_layout()
-    fig.savefig(path, dpi=80)
-    plt.close(fig)
+    common.save_figure(fig, path, dpi=80)
 
 
 # ---- the story -----------------------------------------------------------------------------------
+
+
+FILES = ("table.json", "panels.png", "frontier.png")  # what a run writes
 
 
 def arguments(argv):
@@ -721,7 +722,7 @@ def arguments(argv):
         "--steps", type=common.number(int, 1), help="training steps of the Standard model"
     )
     parser.add_argument("--n", type=common.number(int, 100), help="samples and test points a set")
-    parser.add_argument("--seed", type=common.number(int, 0), default=0)
+    parser.add_argument("--seed", type=common.number(int, 0, common.MAX_SEED), default=0)
     parser.add_argument("--out", default="out")
     parser.add_argument(
         "--quick",
@@ -772,6 +773,7 @@ def main(argv=None):
     common.separate_quick(args)
     out = common.make_folder(Path(args.out) / "toy")
     common.remove_leftovers(out)
+    common.refuse_unwritable(*[out / name for name in FILES])
     start = time.time()
     torch.manual_seed(args.seed)
     toy = make_toy(args)
@@ -811,8 +813,9 @@ def main(argv=None):
     }
     common.write_json(out / "table.json", content)
     panels = {name: nets[name] for name in ("standard", "unseen", "obt-rel")}
-    draw_panels(out / "panels.png", toy, panels)
-    draw_frontier(out / "frontier.png", curves, rows, bound)
+    again = common.own_command("01_gaussian_toy.py", argv)
+    common.draw_picture(out / "panels.png", draw_panels, toy, panels, again=again)
+    common.draw_picture(out / "frontier.png", draw_frontier, curves, rows, bound, again=again)
     print(
         f"{time.time() - start:.0f} s; wrote {out}/table.json, panels.png, frontier.png; "
         f"next: {next_command(args)}"

@@ -263,16 +263,14 @@ def objective(args, net, sde, x_g):
 # ---- the training loop ---------------------------------------------------------------------------
 
 
-def train(args, data, model, path, first_step, kept_steps):
+def train(args, data, model, path, first_step, kept_steps, ctrl_c):
     """Show the network images at random noise levels and ask it for the noise, again and again.
 
     path        of the checkpoint; log.jsonl and the grids of samples go beside it
     first_step  0, or the step to go on with
     kept_steps  of the training in `path`, which is replaced only by as many
-
-    Returns True at the end, False if Ctrl-C was pressed before.
+    ctrl_c      CtrlC; when it is pressed the program ends after the step in progress
     """
-    ctrl_c = CtrlC()
     net = model.net
     sde = model.sde
     log_path = path.with_name("log.jsonl")
@@ -304,15 +302,19 @@ def train(args, data, model, path, first_step, kept_steps):
             printed_steps = done
             printed_at = time.time()
             loss_sum = torch.zeros_like(loss_sum)
-        if done % args.sample_every == 0 or done == args.steps:
-            show(args, data, model.ema.net, path.with_name(f"samples_{done:06d}.png"), done)
-        is_due = done % args.save_every == 0 or done == args.steps or ctrl_c.pressed
+        wants_samples = done % args.sample_every == 0 or done == args.steps
+        # Before the samples, because sampling may fail, and what is trained should be safe by then.
+        is_due = done % args.save_every == 0 or wants_samples or ctrl_c.signum
         if is_due and done >= kept_steps:
             save(path, done, model, args)
-        if ctrl_c.pressed:
-            print(f"\nstopped at step {done}; go on with the same command and --resume")
-            return False
-    return True
+        if wants_samples and not ctrl_c.signum:
+            show(args, data, model.ema.net, path.with_name(f"samples_{done:06d}.png"), done)
+        if ctrl_c.signum:
+            remedy = "go on with the same command and --resume"
+            if done < kept_steps:
+                remedy = f"{path} is still the training of {kept_steps} steps"
+            print(f"\nstopped at step {done}; {remedy}")
+            raise SystemExit(128 + ctrl_c.signum)  # so that `02 && 03` goes no further
 
 
 def start_log(path, first_step):
@@ -356,27 +358,38 @@ def print_progress(args, log_path, done, mean_loss, steps_per_second, num_skippe
     if common.is_first_process():
         line = {"step": done, "loss": mean_loss, "images_per_s": images_per_second}
         line["skipped_steps"] = num_skipped
-        with log_path.open("a") as log:
+        with common.path_in_errors(log_path), log_path.open("a") as log:
             log.write(common.json_line(line))
 
 
 class CtrlC:
     """Remember that Ctrl-C was pressed, so that training can stop after the step in progress.
 
-    A checkpoint then always holds a whole number of steps.
+    A checkpoint then always holds a whole number of steps. `kill` and a closed terminal do the same
+    as Ctrl-C: `with CtrlC() as ctrl_c:` listens to all three until its end.
     """
 
     def __init__(self):
-        self.pressed = False
+        self.signum = 0  # number of the signal that came, or 0
+        self.handlers = {}  # what else would happen at each signal
+
+    def __enter__(self):
         _, num_processes = common.ranks()
         # Several processes of torchrun could not agree on the step to stop after. There Ctrl-C ends
         # them at once, and what came after the last checkpoint is lost.
         if num_processes == 1:
-            signal.signal(signal.SIGINT, self.remember)
+            for signum in common.ending_signals():
+                if signum == signal.SIGINT or signal.getsignal(signum) != signal.SIG_IGN:
+                    self.handlers[signum] = signal.signal(signum, self.remember)
+        return self
+
+    def __exit__(self, *_):
+        for signum, handler in self.handlers.items():
+            signal.signal(signum, handler)
 
     def remember(self, signum, frame):
-        """Note the key press; Python calls this in place of raising KeyboardInterrupt."""
-        self.pressed = True
+        """Note the signal; Python calls this in place of raising KeyboardInterrupt."""
+        self.signum = signum
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
@@ -623,9 +636,8 @@ def show(args, data, net, path, step):
         batch=num_samples,
         device=args.device,
     )
-    if common.is_first_process():
-        title = f"step {step} (last row: real)"
-        image_grid(path, samples, title=title, real=data.test_g)
+    title = f"step {step} (last row: real)"
+    common.draw_picture(path, image_grid, samples, title=title, real=data.test_g)
 
 
 def image_grid(path, images, columns=10, title=None, real=None):
@@ -646,8 +658,7 @@ def image_grid(path, images, columns=10, title=None, real=None):
     ax.axis("off")
     if title:
         ax.set_title(title, fontsize=9)
-    fig.savefig(path, dpi=110, bbox_inches="tight", pad_inches=0.05)
-    plt.close(fig)
+    common.save_figure(fig, path, dpi=110, bbox_inches="tight", pad_inches=0.05)
 
 
 def measure_base(args):
@@ -723,6 +734,7 @@ def main(argv=None):
         args.method = "unseen"
         args.forget = data.forget_names
     path = checkpoint_path(args, data.forget_names)
+    common.refuse_unwritable(path, path.with_name("log.jsonl"))
 
     with common.locked(path):  # two trainings must not write one file in turns
         kept_steps = steps_to_keep(args, path)
@@ -737,12 +749,13 @@ def main(argv=None):
         first_step = resume(path, model, args, train_set) if args.resume else 0
 
         # ---- loop
-        is_finished = train(args, data, model, path, first_step, kept_steps)
+        with CtrlC() as ctrl_c:
+            train(args, data, model, path, first_step, kept_steps, ctrl_c)
 
     # ---- outputs: all written by now
     if first_step == args.steps:
         print(f"nothing was left to do: {path} has all its {args.steps} steps")
-    elif is_finished:
+    else:
         common.refuse_skipped(model.num_skipped, args.steps)
         print(f"wrote {path}; next: {next_command(args, train_set.classes)}")
 

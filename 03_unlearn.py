@@ -37,11 +37,13 @@ Predict, then run:
 
 import argparse
 import copy
+import json
 import math
 import os
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -126,6 +128,13 @@ def flags():
         "--n", type=common.number(int, 10), help="samples for the measures, before and after"
     )
     p.add_argument("--nfe", type=common.number(int, 2), help="network evaluations a sample")
+    p.add_argument(
+        "--redraw",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="only draw the pictures of a finished run again (default: the run of the other flags)",
+    )
     return p
 
 
@@ -691,16 +700,17 @@ def usual_values(args):
     return vars(usual)
 
 
-def set_apart_if_worse(args, result, out, folder):
-    """End the program with status 1 if the run made things worse; its folder is kept all the same.
+def set_apart_if_worse(result, out, folder):
+    """Give a run that made things worse a place beside the one where it would have gone.
 
     result  content of result.json
     out     folder that holds the finished run, hidden so far
     folder  where it would have gone. What is there stays: the run goes beside it, as <name>-worse
+
+    Returns the folder in which the run is to be found.
     """
-    reasons = reasons_of_worse(args, result)
-    if not reasons:
-        return
+    if not result["worse"]:
+        return folder
     place = folder.with_name(f"{folder.name}-worse")
     number = 1
     while place.exists():
@@ -710,11 +720,11 @@ def set_apart_if_worse(args, result, out, folder):
         os.rename(out, place)
         stays = f"{folder}/ stays as it was" if folder.exists() else f"{folder}/ was not written"
         print(
-            f"worse than before: {'; '.join(reasons)}; saved as {place}/, {stays} "
+            f"worse than before: {'; '.join(result['worse'])}; saved as {place}/, {stays} "
             "(try a lower --lr, or a weaker push)",
             file=sys.stderr,
         )
-    raise SystemExit(1)
+    return place
 
 
 def reasons_of_worse(args, result):
@@ -851,7 +861,10 @@ def print_measures(args, row_before, row_after, row_floor):
     print(f"             after  {row_after['class_counts']}")
 
 
-def before_after(path, data, before, after, num_images=64, columns=8):
+NUM_SHOWN = 64  # images on each side of before_after.png, at most
+
+
+def before_after(path, data, before, after, num_images=NUM_SHOWN, columns=8):
     """Save a picture of samples before (left) and after (right), made from the same noise.
 
     before, after  Samples; without a Standard model before is None, and both sides show `after`
@@ -887,8 +900,7 @@ def before_after(path, data, before, after, num_images=64, columns=8):
                 frame = {"fill": False, "edgecolor": "orange", "linewidth": 1.2}
                 ax.add_patch(plt.Rectangle(corner, width - 1, height - 1, **frame))
     fig.tight_layout(pad=0.4)
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
+    common.save_figure(fig, path, dpi=110)
 
 
 def plot_curves(path, losses, title):
@@ -909,8 +921,7 @@ def plot_curves(path, losses, title):
         ax.set_title(name, fontsize=10)
     fig.suptitle(title, fontsize=10)
     fig.tight_layout()
-    fig.savefig(path, dpi=100)
-    plt.close(fig)
+    common.save_figure(fig, path, dpi=100)
 
 
 def write_log(path, losses, skipped):
@@ -918,11 +929,66 @@ def write_log(path, losses, skipped):
 
     skipped  numbers of the steps that were left out, because their gradient was not finite
     """
-    with path.open("w") as log:
+    with common.path_in_errors(path), path.open("w") as log:
         for i, (loss_g, loss_f) in enumerate(losses.tolist()):
             line = {"step": i + 1, "loss_g": loss_g, "loss_f": loss_f}
             line["skipped"] = i + 1 in skipped
             log.write(common.json_line(line))
+
+
+def read_log(path):
+    """Read L_g and L_f of each step from log.jsonl: (steps, 2)."""
+    losses = []
+    try:
+        for line in path.read_text().splitlines():
+            values = json.loads(line)
+            both = (values["loss_g"], values["loss_f"])
+            # JSON has no NaN: null stands for it.
+            losses.append([math.nan if value is None else value for value in both])
+    except (ValueError, KeyError, TypeError):
+        common.exit_with_error(f"{path} is damaged; make the run again, without --redraw")
+    return torch.tensor(losses)
+
+
+def draw_pictures(args, data, folder, before, after, losses, again):
+    """Draw both pictures of a run into its folder; one that fails is a line on stderr.
+
+    before, after  Samples, as for `before_after`
+    losses         (steps, 2): L_g and L_f of each step
+    again          the command that draws them again
+    """
+    title = common.plain_text(f"{args.method}, forget {' '.join(args.forget)}, {args.sde}")
+    path = folder / "before_after.png"
+    common.draw_picture(path, before_after, data, before, after, again=again)
+    common.draw_picture(folder / "curves.png", plot_curves, losses, title, again=again)
+
+
+def redraw(args, data, judge, folder):
+    """Draw the pictures of a finished run again (--redraw), from its files and without training.
+
+    folder  of the run
+    """
+    command = common.command_line("03_unlearn.py", args, "--forget", *data.forget_names)
+    checkpoint = common.load_checkpoint(folder / "model.pt", command, ("arch", "ema", "args"))
+    # How the samples were drawn is known to the run. Where it lies, and on what, is known here.
+    here = {name: getattr(args, name) for name in ("out", "data_dir", "device", "quick")}
+    run_args = argparse.Namespace(**{**checkpoint["args"], **here})
+    run_args.n = min(run_args.n, NUM_SHOWN)
+    if set(run_args.forget) != set(args.forget):
+        forgotten = " ".join(run_args.forget)
+        common.exit_with_error(f"{folder} has forgotten {forgotten}: give --forget {forgotten}")
+
+    shape = data.images.shape[1:]
+    base = load_base(run_args, shape)
+    net = common.load_net(folder / "model.pt", command, args.device, shape)
+    sde = common.SDES[run_args.sde]()
+    before = None
+    if base is not None:
+        before = draw_samples(run_args, base, sde, judge, shape, "samples before")
+    after = draw_samples(run_args, net, sde, judge, shape, "samples after")
+    losses = read_log(folder / "log.jsonl")
+    draw_pictures(run_args, data, folder, before, after, losses, f"{command} --redraw {folder}")
+    print(f"wrote the pictures in {folder}/")
 
 
 # ---- the story -----------------------------------------------------------------------------------
@@ -940,6 +1006,10 @@ def main(argv=None):
     )
     data = split_data(args, train_set, test_set)
     folder = output_folder(args, data.forget_names)  # by the flags: before alpha is computed
+    if args.redraw is not None:
+        judge = common.load_judge(args, train_set, data.forget_names)
+        redraw(args, data, judge, Path(args.redraw or folder))
+        return
     set_alpha(args, data)  # <-- 03
 
     # ---- model: a copy of the Standard model, which itself stays as obt-rel's reference  # <-- 03
@@ -969,12 +1039,15 @@ def main(argv=None):
         result["skipped_steps"] = len(model.skipped)
         result["worse"] = reasons_of_worse(args, result)
         common.write_json(out / "result.json", result)
-        before_after(out / "before_after.png", data, before, after)
-        title = f"{args.method}, forget {' '.join(args.forget)}, {args.sde}"
-        plot_curves(out / "curves.png", losses, title)
         if before is not None:
             common.warn_if_unfit(args, before.verdict)  # again: nobody scrolls up
-        set_apart_if_worse(args, result, out, folder)
+        place = set_apart_if_worse(result, out, folder)
+
+    # ---- pictures: last, because the run is safe by now and none of them can harm it
+    again = common.own_command("03_unlearn.py", argv, "--redraw", place)
+    draw_pictures(args, data, place, before, after, losses, again)
+    if result["worse"]:
+        raise SystemExit(1)
     picture = folder / "before_after.png"
     command = common.command_line("04_evaluate.py", args, "--forget", *data.forget_names)
     seconds = time.time() - start

@@ -329,6 +329,7 @@ def cached(setup, name, key, cost, compute):
     compute  function of a progress label that returns a dict of tensors and plain values
     """
     path = common.make_folder(setup.folder / "kept") / f"{name}.pt"
+    common.refuse_unwritable(path)
     result = read_cache(path, key)
     if result is not None:
         setup.progress.skip(cost)
@@ -922,8 +923,7 @@ def plot_samples(path, names, samples, forget, classes):
     ax.set_title(
         f"a column, one noise; left {len(columns_f)}: where Standard draws D_f", fontsize=9
     )
-    fig.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(fig)
+    common.save_figure(fig, path, dpi=110, bbox_inches="tight")
 
 
 def plot_classes(path, names, samples, forget, classes):
@@ -939,17 +939,17 @@ def plot_classes(path, names, samples, forget, classes):
         counts.append(torch.bincount(drawn["verdict"].labels, minlength=len(classes)).numpy())
     colors = ["#d05050" if i in forget else "#7090c0" for i in range(len(classes))]
 
+    labels = [common.plain_text(name) for name in classes]
     # Shared axes, because the heights are to be compared from model to model.
     fig, axes = plt.subplots(
         len(names), 1, figsize=(6, 1.1 * len(names) + 0.6), sharex=True, sharey=True
     )
     for ax, name, count in zip(axes, names, counts):
-        ax.bar(classes, count, color=colors)
-        ax.step(classes, counts[0], where="mid", color="black", lw=1)
+        ax.bar(labels, count, color=colors)
+        ax.step(labels, counts[0], where="mid", color="black", lw=1)
         ax.set_ylabel(name, fontsize=7, rotation=0, ha="right")
     axes[0].set_title("samples of each class; black: Standard", fontsize=9)
-    fig.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(fig)
+    common.save_figure(fig, path, dpi=110, bbox_inches="tight")
 
 
 def plot_attack(path, rows, floor):
@@ -975,20 +975,22 @@ def plot_attack(path, rows, floor):
     ax.set_xlim(left=-0.2)
     ax.legend(fontsize=7)
     ax.set(xlabel="images of D_f relearned from", ylabel="unlearning ratio, %")
-    fig.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(fig)
+    common.save_figure(fig, path, dpi=110, bbox_inches="tight")
 
 
 # ---- the story -----------------------------------------------------------------------------------
 
 
 def write_attack(out, args, settings, real_row, attacked):
-    """Print the table of the attack; write relearn.json and relearn.png into the folder `out`."""
+    """Print the table of the attack, and write relearn.json into the folder `out`."""
     print(table(SAMPLE_COLUMNS, attacked))
     settings = {**settings, "steps": args.steps, "batch_size": args.batch_size, "lr": args.lr}
     content = {**settings, "real": real_row, "rows": attacked}
     common.write_json(out / "relearn.json", content)
-    plot_attack(out / "relearn.png", attacked, real_row["ur"])
+
+
+# What is drawn of each file.
+PICTURES_OF = {"table.json": ("samples.png", "classes.png"), "relearn.json": ("relearn.png",)}
 
 
 def move_files(source, target):
@@ -996,6 +998,9 @@ def move_files(source, target):
     if not common.is_first_process():
         return
     for path in source.iterdir():
+        # The picture is drawn anew: until then an older one must not stand beside the new table.
+        for name in PICTURES_OF.get(path.name, ()):
+            (target / name).unlink(missing_ok=True)
         # os.replace puts a file in the place of an older one in one step: nobody sees half of one.
         os.replace(path, target / path.name)
 
@@ -1003,6 +1008,7 @@ def move_files(source, target):
 def main(argv=None):
     """Find the images and the models, and evaluate the models on them."""
     args = arguments(argv)
+    args.command = common.own_command("04_evaluate.py", argv)  # named when a picture fails
 
     # ---- data
     train, test = common.load_train_and_test(
@@ -1017,6 +1023,10 @@ def main(argv=None):
     folder = common.forget_folder(args.out, args.dataset, forget_names)
     models = find_models(args, forget_names, folder, train.images.shape[1:])
 
+    outputs = ["table.md"]
+    for name, pictures in PICTURES_OF.items():
+        outputs += [name, *pictures]
+    common.refuse_unwritable(*[folder / name for name in outputs])
     with common.locked(folder / "table.md"):  # two evaluations must not write one table in turns
         evaluate(args, train, images, forget, nll_images, models)
     next_command = common.command_line("05_downstream.py", args, "--forget", *forget_names)
@@ -1068,9 +1078,8 @@ def evaluate(args, train, images, forget, nll_images, models):
     print(text)  # now, because an attack can take hours more
     attacked = attack(setup, models, rows, standard, images.train_f)
 
-    # ---- outputs: all of them or none, so that a table never stands beside an older picture. The
-    # folder holds the runs of 03 too, so it cannot be replaced as a whole. All files are written
-    # into another folder first, and moved when they are complete.
+    # ---- outputs: all tables or none. The folder holds the runs of 03 too and is not replaced as a
+    # whole. All files are written into another folder first, and moved when they are complete.
     settings = {
         "forget": forget_names,
         "sde": args.sde,
@@ -1085,11 +1094,17 @@ def evaluate(args, train, images, forget, nll_images, models):
         (out / "table.md").write_text(text)
         content = {**settings, "judge_recall": recall, "real": real_row, "models": rows}
         common.write_json(out / "table.json", content)
-        plot_samples(out / "samples.png", names, samples, forget, train.classes)
-        plot_classes(out / "classes.png", names, samples, forget, train.classes)
         if attacked:
             write_attack(out, args, settings, real_row, attacked)
     move_files(finished, folder)
+
+    # ---- pictures: last, because the tables are safe by now
+    draw = partial(common.draw_picture, again=args.command)
+    drawn = (names, samples, forget, train.classes)
+    draw(folder / "samples.png", plot_samples, *drawn)
+    draw(folder / "classes.png", plot_classes, *drawn)
+    if attacked:
+        draw(folder / "relearn.png", plot_attack, attacked, real_row["ur"])
 
 
 if __name__ == "__main__":

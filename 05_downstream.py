@@ -734,8 +734,7 @@ def draw_pictures(path, setup, attempt, num_rows=10):
         fontsize=9,
     )
     fig.tight_layout(pad=0.6)
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
+    common.save_figure(fig, path, dpi=110)
 
 
 def draw_grid(ax, setup, columns, verdicts, index):
@@ -755,7 +754,7 @@ def draw_grid(ax, setup, columns, verdicts, index):
     for column, title in enumerate(columns):
         left = column * width
         # The name of a run can be long: it is broken at its hyphens, and grows upwards.
-        lines = textwrap.fill(title, 13)
+        lines = textwrap.fill(common.plain_text(title), 13)
         ax.text(left + width / 2, -2, lines, ha="center", va="bottom", fontsize=8)
         if title not in verdicts:
             continue  # the originals and the masked images get no label
@@ -783,8 +782,7 @@ def plot_curve(path, results):
         ax.set_title(f"{part}: class kept, %", fontsize=10)
         ax.legend(fontsize=7)
     fig.tight_layout()
-    fig.savefig(path, dpi=100)
-    plt.close(fig)
+    common.save_figure(fig, path, dpi=100)
 
 
 def output_name(args):
@@ -808,6 +806,7 @@ def output_name(args):
 def main(argv=None):
     """Find the images and the models, and restore the images with every model."""
     args = arguments(argv)
+    args.command = common.own_command("05_downstream.py", argv)  # named when a picture fails
     start = time.time()
 
     # ---- data: n test images of D_f, then n of D_g
@@ -872,9 +871,6 @@ def restore_all(setup, models, finished, start):
 
     # ---- outputs
     with common.fresh_folder(finished) as out:
-        draw_pictures(out / "pictures.png", setup, shown)
-        if args.task == "reconstruct":
-            plot_curve(out / "curve.png", results)
         content = {
             "judged_by": shown.title,
             "results": results,
@@ -882,6 +878,12 @@ def restore_all(setup, models, finished, start):
             "args": vars(args),
         }
         common.write_json(out / "table.json", content)
+
+    # ---- pictures: last, because the table is safe by now
+    draw = partial(common.draw_picture, again=args.command)
+    draw(finished / "pictures.png", draw_pictures, setup, shown)
+    if args.task == "reconstruct":
+        draw(finished / "curve.png", plot_curve, results)
     print(
         f"{time.time() - start:.0f} s; judged by {shown.title}; wrote {finished}/; "
         f"next: look at {finished / 'pictures.png'}"

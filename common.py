@@ -26,7 +26,7 @@ Contents
     12  Checkpoints, folders   save_checkpoint, load_net, find_base, find_runs, run_name, locked
         Files                  read_torch_file, fingerprint, whole_file, write_json, json_line
     13  The judge on disk      judge_path, train_judge, load_judge
-    14  Pictures               pyplot, tile, short_name, label_corner
+    14  Pictures               pyplot, draw_picture, save_figure, plain_text, tile, short_name
     15  Command line           exit_with_error, parser, finish_args, command_line, run
 
 Words and symbols of all files
@@ -67,6 +67,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import time
 import zipfile
@@ -2810,10 +2811,14 @@ def load_checkpoint(path, command, keys=("arch", "ema")):
 
     Exits with one line that names `command` if the file is missing, damaged or of another kind.
     """
+    if Path(path).is_dir():
+        exit_with_error(f"{path} is a folder, not a file; move it away, then: {command}")
     if not Path(path).is_file():
         exit_with_error(f"{path} not found; make it with: {command}")
     try:
         content = read_torch_file(path)
+    except PermissionError as error:
+        exit_with_error(f"{path} cannot be read ({error.strerror}); chmod u+r makes it readable")
     except Exception as error:  # cut off, another format: many exception types, one remedy
         exit_with_error(
             f"{path} is damaged ({type(error).__name__}); make it again with: {command}"
@@ -3096,6 +3101,23 @@ def make_folder(path):
     return Path(path)
 
 
+def refuse_unwritable(*paths):
+    """Exit with one line if one of these files could not be written; they need not exist.
+
+    A script asks before its work, because a refusal after hours of it would come too late.
+    """
+    for path in map(Path, paths):
+        if path.is_dir():
+            exit_with_error(f"{path} is a folder, but a file has to be written there; move it away")
+        # Without a bit for writing somebody has protected the file. os.replace would not mind, and
+        # the administrator is asked for no permission at all.
+        if path.exists() and (not path.stat().st_mode & 0o222 or not os.access(path, os.W_OK)):
+            exit_with_error(
+                f"{path} is read-only; chmod u+w lets it be replaced, "
+                "or choose another folder with --out"
+            )
+
+
 @contextlib.contextmanager
 def locked(path):
     """Let no other program write `path`, a file or a folder: `with locked(path):`.
@@ -3146,15 +3168,19 @@ def fresh_folder(path):
     path = Path(path)
     if path.exists() and not path.is_dir():
         exit_with_error(f"{path} is a file, but a folder has to be there; move it away")
+    refuse_unwritable(*[file for file in path.glob("*") if file.is_file()])
     # The process id keeps two programs, and the processes of torchrun, out of each other's way.
     new = _hidden(path, "tmp")
     shutil.rmtree(new, ignore_errors=True)  # an earlier program may have had the same number
     make_folder(new)
     try:
-        yield new
+        with path_in_errors(path):
+            yield new
     except BaseException:  # Ctrl-C too
         shutil.rmtree(new, ignore_errors=True)
         raise
+    if not new.exists():  # the block has given it another place
+        return
     if is_first_process():  # of several processes the first one's folder stays
         _put_in_place(new, path)
     else:
@@ -3290,6 +3316,7 @@ def train_judge(args, forget=(), seed=0):
     too short for good verdicts, and the file lies where only --quick looks for it.
     """
     path = make_folder(Path(args.out) / args.dataset) / _judge_file(args, forget)
+    refuse_unwritable(path)
     train, test = load_train_and_test(args.dataset, args.data_dir, forget, cache_folders(args))
     refuse_unknown_to_judge(train)
     made_of = [data_key(train), data_key(test)]
@@ -3386,19 +3413,66 @@ def refuse_other_judge(path, command, judge, data):
 
 def pyplot():
     """Return matplotlib.pyplot, set up to draw into files: no screen is needed."""
+    # A program that is started from a notebook inherits its backend, which may not be installed
+    # here; then not even the import would succeed.
+    os.environ["MPLBACKEND"] = "Agg"
     import matplotlib
 
     matplotlib.use("Agg")  # before pyplot is imported
+    matplotlib.rcParams["text.usetex"] = False  # a matplotlibrc may ask for LaTeX
     import matplotlib.pyplot as plt
 
     return plt
 
 
+def draw_picture(path, draw, *args, again="", **more):
+    """Draw a picture into a file, or say in one line why it could not be drawn; then go on.
+
+    path   of the file; of several processes the first one draws
+    draw   function of the path, of `args` and of `more`
+    again  the command that draws it again, if there is one
+
+    A picture comes after everything else has been written, and none is worth the loss of a run.
+    """
+    if not is_first_process():
+        return
+    try:
+        draw(path, *args, **more)
+    except Exception as error:  # of matplotlib, of a font, of a full disk: any type
+        reason = " ".join(str(error).split()) or type(error).__name__  # one line, whatever it says
+        remedy = f"; draw it again with: {again}" if again else ""
+        message = f"picture {Path(path).name} could not be drawn ({reason}){remedy}"
+        print(message, file=sys.stderr, flush=True)
+
+
+def save_figure(fig, path, **options):
+    """Save a figure as a PNG, whole or not at all, and close it.
+
+    options  of savefig
+    """
+    try:
+        with whole_file(path) as unfinished:
+            fig.savefig(unfinished, format="png", **options)
+    finally:
+        pyplot().close(fig)  # it would stay in memory otherwise
+
+
+def plain_text(name):
+    """Return a user's text in the form in which a figure shows it as it is.
+
+    Between two dollar signs matplotlib reads a formula, and fails where there is none.
+    """
+    # A file name that is not UTF-8 holds characters that no font and no stream can take.
+    readable = name.encode("utf-8", "replace").decode()
+    return readable.replace("$", r"\$")
+
+
 def short_name(name):
     """Shorten the name of a class for the corner of an image: airplane: airp, ankle_boot: ab."""
-    if "_" not in name:
-        return name[:4]
-    return "".join(word[0] for word in name.split("_"))
+    words = [word for word in name.split("_") if word]
+    if len(words) < 2:  # also for names such as "dog_" and "_"
+        return (name.strip("_") or name)[:4]
+    return "".join(word[0] for word in words)
 
 
 def label_corner(ax, left, top, name, is_forgotten):
@@ -3410,7 +3484,7 @@ def label_corner(ax, left, top, name, is_forgotten):
     ax.text(
         left + 1,
         top + 1,
-        short_name(name),
+        plain_text(short_name(name)),
         color=color,
         fontsize=7,
         va="top",
@@ -3490,6 +3564,9 @@ def refuse_log_sigma(log_sigma):
         exit_with_error(f"--log-sigma: the second number is a std: {log_sigma[1]} is not above 0")
 
 
+MAX_SEED = 2**63 - 1  # PyTorch takes no larger seed
+
+
 def parser(doc, **defaults):
     """Return a Parser with the flags that every script has; a script adds its own.
 
@@ -3529,7 +3606,7 @@ def parser(doc, **defaults):
         action="store_true",
         help="torch.compile the network that trains: a minute more at the start, faster on CUDA",
     )
-    p.add_argument("--seed", type=number(int, 0), default=0)
+    p.add_argument("--seed", type=number(int, 0, MAX_SEED), default=0)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument(
         "--out",
@@ -3622,13 +3699,14 @@ def command_line(script, args, *flags):
     return shlex.join(argv)
 
 
-def own_command(script, argv):
+def own_command(script, argv, *more):
     """Return the command with which this program was started, for its records.
 
     argv  the arguments of main; None stands for those of the command line
+    more  flags and values that come after them
     """
     argv = sys.argv[1:] if argv is None else argv
-    return shlex.join(["python", script_path(script), *argv])
+    return shlex.join(["python", script_path(script), *argv, *map(str, more)])
 
 
 def script_path(script):
@@ -3742,11 +3820,127 @@ def _read_quota(folder):
     return max(1, int(cores)) if cores > 0 else None  # -1 stands for no limit in version 1
 
 
+# The errors of a write for which there is no space: on the disk, in the user's share of it, or
+# under the shell's limit on the size of a file (ulimit -f).
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal has asked the program to end: as Ctrl-C does, and with the same cleaning up."""
+
+    def __init__(self, signum):
+        super().__init__(signum)
+        self.signum = signum
+
+
+def raise_stopped(signum, frame):
+    """Handle a signal by an exception. Left alone, SIGTERM would end the program at once."""
+    raise Stopped(signum)
+
+
+def ending_signals():
+    """List the signals that ask a program to end: of Ctrl-C, of `kill`, of a closed terminal."""
+    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]
+
+
+class Output:
+    """A stream of text that drops what it cannot write, so that a run goes on without its reader.
+
+    `python 03_unlearn.py ... | head -1` closes the pipe after one line. Or the output goes into a
+    file, and the disk is full. A run of hours should end in neither case.
+
+    error  the first OSError, or None
+    """
+
+    def __init__(self, stream):
+        self.stream = _null_stream() if stream is None else stream  # None: the shell closed it, >&-
+        self.error = None
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        """Write a text, or drop it."""
+        self._attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self):
+        """Write what is still in the buffer, or drop it."""
+        self._attempt(self.stream.flush)
+
+    def _attempt(self, method, *args):
+        try:
+            method(*args)
+        except OSError as error:
+            self.error = self.error or error
+            # Python writes the rest of the buffer when it ends, and would fail once more.
+            with contextlib.suppress(OSError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self.stream.fileno())
+                os.close(nowhere)
+
+
 def run(main):
-    """Run main(argv) of a script; end with one line if the memory of the GPU does not suffice."""
+    """Run main(argv) of a script, and end as programs do: with one line and without a traceback.
+
+    The exit status is
+
+    0    success
+    1    the run has finished, but it made things worse
+    2    bad input, a file that cannot be read or written, no space left, too little GPU memory
+    130  Ctrl-C; 143 after SIGTERM, in general 128 + the number of the signal
+    141  nobody has read the output to its end; the run has finished all the same
+    """
+    for signum in ending_signals():
+        if signal.getsignal(signum) == signal.SIG_DFL:  # `nohup` has it ignored, and it stays so
+            signal.signal(signum, raise_stopped)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show
+    stdout = Output(sys.stdout)
+    stderr = Output(sys.stderr)
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        try:
+            _run_to_one_line(main)
+        finally:
+            stdout.flush()
+        if isinstance(stdout.error, BrokenPipeError):
+            raise SystemExit(141)
+        if stdout.error is not None:
+            exit_with_error(
+                f"the output could not be written ({stdout.error}); the run itself has finished"
+            )
+
+
+def _run_to_one_line(main):
+    """Run main(argv); turn what the user can do something about into one line on stderr."""
     try:
         main(sys.argv[1:])
+    except KeyboardInterrupt as stop:
+        signum = getattr(stop, "signum", signal.SIGINT)
+        name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
+        print()  # a line of progress may stand there without its end
+        print(f"stopped by {name}; what was finished before is still there", file=sys.stderr)
+        raise SystemExit(128 + signum) from None
     except torch.cuda.OutOfMemoryError:
         exit_with_error(
             "out of GPU memory: lower --batch-size, or split a batch with --grad-accum 2 (or 4, 8)"
         )
+    except OSError as error:
+        exit_with_error(describe_os_error(error))
+
+
+def describe_os_error(error):
+    """Say in one line which file could not be read or written, why, and what is to be done."""
+    # filename2 is the target of a move.
+    path = error.filename2 or error.filename
+    reason = error.strerror or " ".join(str(error).split())
+    if error.errno in NO_SPACE:
+        return (
+            f"{path or 'a file'} could not be written ({reason}); what was finished before is "
+            "still there: make room, or choose another place with --out, and run this again"
+        )
+    if path is None:
+        return reason
+    return f"{path} cannot be used ({reason})"

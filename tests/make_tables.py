@@ -1064,8 +1064,7 @@ def figure(table, path):
         axis.set_minor_formatter("")
     ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     fig.tight_layout()
-    fig.savefig(path, dpi=90)
-    plt.close(fig)
+    common.save_figure(fig, path, dpi=90)
 
 
 # ---- the story -----------------------------------------------------------------------------------
@@ -1168,4 +1167,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    common.run(main)

@@ -1,7 +1,6 @@
 """Training helpers: average, rates, guard, Muon, checkpoints; and 02's resume, bit for bit."""
 
 import argparse
-import signal
 
 import pytest
 import torch
@@ -328,24 +327,6 @@ def test_resume_is_bit_exact(tmp_path, monkeypatch):
     assert same_weights(whole["model"], parts["model"]), "the weights differ"
     assert same_weights(whole["ema"], parts["ema"]), "the averages differ"
     assert not same_weights(whole["model"], whole["ema"]), "the average is the weights themselves"
-
-
-def test_ctrl_c_saves_a_whole_step_and_says_how_to_go_on(tmp_path, monkeypatch):
-    guarded_step = common.guarded_step
-    calls = []
-
-    def interrupted_step(*args):
-        calls.append(args)
-        if len(calls) == 2:
-            signal.raise_signal(signal.SIGINT)
-        return guarded_step(*args)
-
-    monkeypatch.setattr(common, "guarded_step", interrupted_step)
-    run = run_script("02", *QUICK, "--out", tmp_path)
-    check_success(run)
-    assert "--resume" in run.out
-    assert len(calls) == 2, "it goes on after Ctrl-C"
-    assert torch.load(quick(tmp_path) / "mnist/base.pt", weights_only=True)["step"] == 2
 
 
 # ---- the network ---------------------------------------------------------------------------------

@@ -2019,20 +2019,25 @@ def _checksum(images):
     return checksum
 
 
+NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT)
+
+
 def _decode_into_first(files, source, size, crop, source_key):
     """Decode into the first of these files whose folder can be written to; see _decode."""
+    reasons = []
     for file in files:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             _decode(source, file, size, crop, source_key)
             return
         except OSError as error:
-            # A disk that can only be read, or a folder of somebody else. All other errors stay.
-            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            # A disk that can only be read or is full, or a folder of somebody else. All other
+            # errors stay.
+            if error.errno not in NOT_WRITABLE:
                 raise
-    folders = ", ".join(str(file.parent) for file in files)
+            reasons.append(f"{file.parent} ({error.strerror})")
     exit_with_error(
-        f"decoded pictures have to be kept, and nothing can be written to {folders}; "
+        f"decoded pictures have to be kept, and cannot be written to {', '.join(reasons)}; "
         "name another folder with --cache-dir"
     )
 

@@ -358,7 +358,7 @@ def test_cache_dir_keeps_the_data_folder_clean(tmp_path):
     assert list((tmp_path / "cache").glob("folder-all*.npy"))
 
 
-@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC])
 def test_a_read_only_data_folder_is_kept_elsewhere(tmp_path, monkeypatch, number):
     write_pictures(tmp_path / "data", {"a": 10, "b": 10})
     open_memmap = np.lib.format.open_memmap
@@ -373,7 +373,8 @@ def test_a_read_only_data_folder_is_kept_elsewhere(tmp_path, monkeypatch, number
     check_success(read_folder(tmp_path / "data", caches=caches))
     assert list((tmp_path / "out/cache").glob("folder-all*.npy"))
     run = read_folder(tmp_path / "data")
-    check_refusal(run, "--cache-dir")
+    check_refusal(run, "--cache-dir", os.strerror(number))
+    assert {path.name for path in (tmp_path / "data").iterdir()} == {"a", "b"}
 
 
 def test_one_cache_serves_two_places(tmp_path):

@@ -19,6 +19,7 @@ from conftest import (
     load_script,
     quick,
     read_json,
+    run_function,
     run_process,
     run_script,
 )
@@ -312,6 +313,48 @@ def test_noise_and_denoise_draws_from_the_posterior(downstream, gaussian, sigma)
     x = downstream.noise_and_denoise(gaussian, x0.repeat(20000, 1), sigma, 80, common.rng(0))
     torch.testing.assert_close(x.mean(0), mean + gain @ (x0[0] - mean), rtol=0, atol=0.03)
     torch.testing.assert_close(torch.cov(x.T), want_cov, rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("name", ["repaint", "pc_inpaint", "encode_decode", "noise_and_denoise"])
+def test_what_is_restored_carries_no_gradient(downstream, name):
+    net = common.UNet(width=8)
+    x0 = torch.zeros(2, 1, 8, 8)
+    hidden = torch.ones(1, 8, 8, dtype=torch.bool)
+    sde = common.VP()
+    sigmas = common.karras_sigmas(3, 80.0)
+    ways = {
+        "repaint": lambda: downstream.repaint(net, x0, hidden, sigmas),
+        "pc_inpaint": lambda: downstream.pc_inpaint(net, sde, x0, hidden, 2),
+        "encode_decode": lambda: downstream.encode_decode(net, sde, x0, 2),
+        "noise_and_denoise": lambda: downstream.noise_and_denoise(net, x0, 1.0, 2),
+    }
+    assert not ways[name]().requires_grad
+
+
+# ---- which images are restored -------------------------------------------------------------------
+
+
+def choose(downstream, n, num_f=10, num_g=30, seed=0):
+    """choose_images for a test set whose first images are of D_f."""
+    is_forgotten = torch.arange(num_f + num_g) < num_f
+    return downstream.choose_images(is_forgotten, types.SimpleNamespace(n=n, seed=seed))
+
+
+def test_chosen_are_n_images_of_d_f_and_then_n_of_d_g(downstream):
+    chosen = choose(downstream, 8).tolist()
+    assert len(set(chosen)) == 16
+    assert max(chosen[:8]) < 10 <= min(chosen[8:])
+
+
+def test_chosen_images_follow_the_seed(downstream):
+    assert torch.equal(choose(downstream, 8), choose(downstream, 8))
+    assert not torch.equal(choose(downstream, 8), choose(downstream, 8, seed=1))
+
+
+@pytest.mark.parametrize("num_f, num_g", [(10, 3), (3, 10)])
+def test_too_few_images_to_choose_from_are_refused(downstream, num_f, num_g):
+    run = run_function(choose, downstream, 4, num_f, num_g)
+    check_refusal(run, "--n 4", "3 images of D_f" if num_f == 3 else "3 of D_g")
 
 
 # ---- PSNR and SSIM -------------------------------------------------------------------------------

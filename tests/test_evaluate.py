@@ -129,6 +129,11 @@ def test_a_wrong_score_raises_the_bound(evaluate, gaussian):
     assert wrong_bound > right_bound + 0.05
 
 
+def test_the_bound_carries_no_gradient(evaluate):
+    net = common.UNet(width=8)
+    assert not evaluate.nll_bound(net, torch.zeros(2, 1, 8, 8), levels=2).requires_grad
+
+
 class Likelihoods(NamedTuple):
     """What `likelihoods` makes of two sets of 48 images whose exact values are known."""
 
@@ -216,6 +221,111 @@ def test_the_set_farther_out_is_less_likely(of_two_sets):
 
 def test_the_error_of_the_solver_is_small_and_not_zero(of_two_sets):
     assert 0 < of_two_sets.result["ode_error_bits"] < 0.01
+
+
+# ---- how much work it is -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "nll, relearn, cost",
+    [
+        ("none", None, 3 * 20),
+        ("none", [1, 10], 3 * 20 + 2 * 2 * 20),  # Standard is not attacked
+        ("bound", None, 3 * (20 + 4 * 64)),
+        ("ode", None, 3 * (20 + 4 * (64 + 8 * 30))),
+    ],
+)
+def test_cost_counts_network_evaluations(evaluate, nll, relearn, cost):
+    args = argparse.Namespace(n=10, nfe=2, nll=nll, relearn=relearn, levels=64, rk4=30)
+    assert evaluate.total_cost(args, num_models=3, num_nll_images=4) == cost
+
+
+# ---- what is measured against what ---------------------------------------------------------------
+
+
+def grey_judge(images):
+    """Take the first pixel of an image for its class: logits (B, 10) and features (B, 3)."""
+    label = images[:, 0, 0, 0].long()
+    features = torch.stack([label, label**2 % 7, label**3 % 11], 1).float()
+    return 10 * torch.eye(10)[label], features
+
+
+class GreyJudge(torch.nn.Linear):
+    """A judge whose verdict is known: the first pixel of an image."""
+
+    def forward(self, images):
+        return grey_judge(images)
+
+
+def grey_images(labels):
+    """One image of 1x1 for each label, which is its grey."""
+    return torch.tensor(labels, dtype=torch.uint8).reshape(-1, 1, 1, 1)
+
+
+@pytest.fixture
+def grey_setup(evaluate):
+    """A setup whose judge reads the class off the first pixel; 3 is to be forgotten."""
+    judge = GreyJudge(1, 1)
+    real = grey_images([0, 1, 2, 4, 5, 6, 7, 8, 9] * 6)
+    return evaluate.Setup(
+        args=argparse.Namespace(n=20, seed=0, fid=False),
+        folder=None,
+        sde=common.VP(),
+        judge=judge,
+        forget=[3],
+        classes=[str(digit) for digit in range(10)],
+        real_images=real,
+        real_features=torch.randn(54, 3, generator=common.rng(0), dtype=torch.float64),
+        progress=None,
+    )
+
+
+def test_measures_take_as_many_real_images_as_samples_that_are_compared(evaluate, grey_setup):
+    """Standard draws 4 images of D_f among 20; so 16 samples are compared, with 16 real images."""
+    standard = evaluate.judged(grey_setup, grey_images([3, 3, 3, 3, *range(4, 10), *[1, 2] * 5]))
+    other = evaluate.judged(grey_setup, grey_images([*range(10), *range(10)]))
+    real = common.random_subset(grey_setup.real_features, 16, 0, 3)
+
+    row = evaluate.measures(grey_setup, standard, standard)
+    compared = standard["verdict"].features[4:]
+    assert (row["density"], row["coverage"]) == evaluate.density_coverage(real, compared)
+    assert row["fd"] == common.frechet_distance(compared, grey_setup.real_features)
+
+    row = evaluate.measures(grey_setup, other, standard)
+    compared = other["verdict"].features[:16]
+    assert (row["density"], row["coverage"]) == evaluate.density_coverage(real, compared)
+    assert row["fd"] == common.frechet_distance(compared, grey_setup.real_features)
+    assert "class_min_ratio" in row
+
+
+def test_recall_is_the_share_of_real_d_f_that_the_judge_knows(evaluate, grey_setup):
+    """The images are chosen by the seed; in each half of them other shares are recognised."""
+    test_f = grey_images([3] * 21 + [5] * 19)
+    images = evaluate.Images(
+        train_g=grey_images([1]),
+        train_f=grey_images([3]),
+        test_g=grey_images([0, 1, 2, 4, 5, 6, 7, 8, 9] * 4),
+        test_f=test_f,
+    )
+    standard = evaluate.judged(grey_setup, grey_images([*range(10), *range(10)]))
+    row, recall = evaluate.measure_real_images(grey_setup, images, standard)
+    chosen = common.random_subset(test_f, 20, 0).flatten()
+    assert recall == pytest.approx(100 * (chosen == 3).float().mean().item())
+    assert row["model"] == "real D_g"
+    assert row["ur"] == 0
+
+
+def test_a_split_keeps_both_parts_apart(evaluate):
+    labels = torch.arange(10).repeat(3)
+    images = grey_images(labels.tolist())
+    dataset = common.Dataset(images, labels, [str(digit) for digit in range(10)])
+    args = argparse.Namespace(forget=["3", "7"], quick=False)
+    split, forget = evaluate.split_images(dataset, dataset, args)
+    assert forget == [3, 7]
+    for kept in (split.train_g, split.test_g):
+        assert sorted(set(kept.flatten().tolist())) == [0, 1, 2, 4, 5, 6, 8, 9]
+    for forgotten in (split.train_f, split.test_f):
+        assert sorted(set(forgotten.flatten().tolist())) == [3, 7]
 
 
 # ---- relearning ----------------------------------------------------------------------------------

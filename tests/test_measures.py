@@ -186,6 +186,12 @@ def test_the_shipped_judge_is_good(judge, mnist):
     assert is_right.float().mean() >= 0.992
 
 
+def test_a_verdict_carries_no_gradient():
+    verdict = common.judge_images(common.Judge(), torch.zeros(2, 1, 28, 28, dtype=torch.uint8))
+    assert not verdict.features.requires_grad
+    assert not verdict.confidence.requires_grad
+
+
 def test_a_verdict_does_not_depend_on_the_batch(judge):
     shape = (200, 1, 28, 28)
     generator = common.rng(0)

@@ -321,3 +321,17 @@ def test_sample_images_gives_image_i_whatever_n_is(small_unet):
         return common.sample_images(small_unet, n, shape, sde, seed=3, nfe=3, batch=8)
 
     assert torch.equal(draw(11)[:5], draw(5))
+
+
+@pytest.mark.parametrize("draw", [draw_by_ode, draw_by_dpmpp, draw_by_pc])
+def test_samples_carry_no_gradient(draw, small_unet):
+    """With a graph of all steps behind them a few samples would fill the memory."""
+    assert not draw(small_unet, torch.randn(2, 1, 28, 28)).requires_grad
+
+
+# ---- from real numbers to bytes ------------------------------------------------------------------
+
+
+def test_to_bytes_keeps_what_is_out_of_range_at_the_ends():
+    x = torch.tensor([-5.0, -1.0, 0.0, 1.0, 5.0])
+    assert common.to_bytes(x).tolist() == [0, 0, 128, 255, 255]

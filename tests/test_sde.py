@@ -122,6 +122,16 @@ def test_lognormal_t_has_the_asked_mean_and_spread_whatever_the_sde(name):
     assert log_sigma.std() == pytest.approx(0.7, abs=0.02)
 
 
+@pytest.mark.parametrize("end", [0.0, 1.0])
+def test_lognormal_t_is_finite_and_near_its_mean_at_both_ends(end, monkeypatch):
+    """erfinv is infinite there: no level is farther than 5 standard deviations from the mean."""
+    monkeypatch.setattr(common, "_stratified", lambda n, device: torch.full((n,), end))
+    sde = common.TRAINING_SDE
+    log_sigma = sde.sigma(common.lognormal_t(4, sde, -1.0, 0.5)).log()
+    assert (log_sigma + 1).abs().max() < 5 * 0.5
+    assert (log_sigma + 1).abs().min() > 4 * 0.5
+
+
 @pytest.mark.parametrize("shape", [(64, 2), (64, 3, 4, 4)], ids=["points", "images"])
 def test_circle_is_its_own_inverse(shape):
     """(x0, z) -> (y, F) -> (x0, z) through predict, for a network that returns the true F."""

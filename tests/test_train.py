@@ -5,7 +5,15 @@ import argparse
 import pytest
 import torch
 import torch.nn as nn
-from conftest import check_refusal, check_success, quick, run_function, run_script, same_weights
+from conftest import (
+    check_refusal,
+    check_success,
+    load_script,
+    quick,
+    run_function,
+    run_script,
+    same_weights,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 import common
@@ -37,6 +45,11 @@ def test_ema_warms_up_and_then_follows_its_decay(ema):
 
 def test_ema_is_always_in_eval_mode(ema):
     assert not ema.net.training
+
+
+def test_ema_needs_no_gradient(ema):
+    """With a graph of all steps behind it the average would fill the memory."""
+    assert not any(weight.requires_grad for weight in ema.net.parameters())
 
 
 # ---- the learning rate ---------------------------------------------------------------------------
@@ -251,6 +264,85 @@ def test_muon_trains_the_convolutions_inside_and_adam_everything_else():
     assert {"stem.weight", "head.2.weight", "down.0.film.weight"} <= set(by_adam)
     assert muon.param_groups[0]["lr"] == 0.02
     assert adam.param_groups[0]["lr"] == 1e-3
+
+
+# ---- the judge's training ------------------------------------------------------------------------
+
+
+def fit_small_judge(n=6, **options):
+    """A judge of two classes after two epochs on n images of 8x8."""
+    images = torch.randint(0, 256, (n, 1, 8, 8), dtype=torch.uint8, generator=common.rng(0))
+    data = common.Dataset(images, torch.arange(n) % 2, ["a", "b"])
+    return common.fit_judge(data, epochs=2, **options)
+
+
+@pytest.fixture
+def judge_steps(monkeypatch):
+    """The arguments of each guarded step of a judge's training."""
+    calls = []
+    guarded_step = common.guarded_step
+
+    def record(net, optimizers, skipped, clip=1.0):
+        calls.append((skipped, clip))
+        return guarded_step(net, optimizers, skipped, clip)
+
+    monkeypatch.setattr(common, "guarded_step", record)
+    return calls
+
+
+def test_fit_judge_depends_on_its_seed_alone():
+    torch.manual_seed(5)
+    first = fit_small_judge(seed=1).state_dict()
+    torch.manual_seed(6)
+    assert same_weights(first, fit_small_judge(seed=1).state_dict())
+    assert not same_weights(first, fit_small_judge(seed=2).state_dict())
+
+
+@pytest.mark.parametrize("batch_size, steps", [(2, 6), (4, 2), (100, 2)])
+def test_fit_judge_sees_every_image_about_once_an_epoch(judge_steps, batch_size, steps):
+    """The 6 images of an epoch are 3 batches of 2, or one of 4; a batch never has more than 6."""
+    fit_small_judge(batch_size=batch_size)
+    assert len(judge_steps) == steps
+
+
+def test_fit_judge_never_gives_up_and_clips_at_five(judge_steps):
+    fit_small_judge(batch_size=2)
+    assert set(judge_steps) == {(0, 5.0)}
+
+
+def test_fit_judge_speaks_of_skipped_steps_only_if_there_were_some(capsys):
+    fit_small_judge()
+    out = capsys.readouterr().out
+    assert "judge step" in out
+    assert common.skipped_text(1) not in out
+
+
+def test_a_judge_comes_out_of_its_training_in_eval_mode():
+    assert not fit_small_judge().training
+
+
+# ---- the loss by noise level ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0.5, 1.0, 2.0])
+def test_loss_by_noise_of_a_network_that_answers_zero(size):
+    """F* = sin x0/sd - cos z: with |x0| = size sd the loss is sin^2 size^2 + cos^2 on average."""
+    sd = 0.6
+    net = common.ExactNet(lambda x, sigma: x * (sigma / (sigma**2 + sd**2))[:, None], sd)
+    signs = torch.randint(0, 2, (2000, 16), generator=common.rng(0)) * 2.0 - 1
+    edges = (0.1, 0.11, 0.6, 0.61, 5.0, 5.1)
+    bins = load_script("02")["loss_by_noise"](net, size * sd * signs, edges)
+    assert [(low, high) for low, high, _ in bins] == list(zip(edges[:-1], edges[1:]))
+    for low, high, loss in bins[::2]:
+        sin_squared = low * high / (low * high + sd**2)
+        assert loss == pytest.approx(sin_squared * size**2 + 1 - sin_squared, rel=0.03)
+
+
+def test_loss_by_noise_is_the_same_again():
+    net = common.UNet(width=8)
+    loss_by_noise = load_script("02")["loss_by_noise"]
+    x0 = torch.zeros(4, 1, 8, 8)
+    assert loss_by_noise(net, x0) == loss_by_noise(net, x0)
 
 
 # ---- checkpoints and folders ---------------------------------------------------------------------

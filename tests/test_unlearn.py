@@ -1,6 +1,7 @@
 """03 from inside: what a step trains on, how flags become weights, what the result is about."""
 
 import json
+import math
 import types
 
 import pytest
@@ -67,15 +68,18 @@ def constant_data(unlearn, num_g=90, num_f=10, part_size=8):
 
 
 class Batches:
-    """The batches that objective gets, one pair for each step; it stands in for `objective`."""
+    """What objective gets in each step, and the rate of that step; stands in for `objective`."""
 
-    def __init__(self):
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
         self.of_g = []
         self.of_f = []
+        self.rates = []  # of the optimizer, in each step
 
     def objective(self, args, net, base, sde, x_g, x_f):
         self.of_g.append(x_g)
         self.of_f.append(x_f)
+        self.rates.append(self.optimizer.param_groups[0]["lr"])
         loss = sum(weight.square().sum() for weight in net.parameters())
         return loss, loss, loss
 
@@ -83,14 +87,15 @@ class Batches:
 @pytest.fixture
 def batches(unlearn, monkeypatch):
     """What objective gets in five steps."""
-    result = Batches()
     args = tiny_arguments(unlearn, "--method", "ort", "--steps", 5)
     net = tiny_net()
+    optimizer = torch.optim.SGD(net.parameters(), 1e-3)
+    result = Batches(optimizer)
     model = unlearn.Model(
         net=net,
         base=None,
         ema=common.EMA(net, 0.9),
-        optimizers=[torch.optim.SGD(net.parameters(), 1e-3)],
+        optimizers=[optimizer],
         sde=common.VP(),
         shape=SHAPE,
     )
@@ -113,6 +118,12 @@ def test_every_step_draws_its_own_random_numbers(batches, part):
     for i, x in enumerate(drawn):
         for other in drawn[:i]:
             assert not torch.equal(x, other)
+
+
+def test_the_rate_rises_for_20_steps_and_falls_along_a_cosine(batches):
+    for step, rate in enumerate(batches.rates):
+        cosine = 0.5 * (1 + math.cos(math.pi * step / 5))
+        assert rate == pytest.approx(1e-3 * (step + 1) / 20 * cosine)
 
 
 def small_digits(digit):

@@ -322,13 +322,13 @@ def test_what_is_restored_carries_no_gradient(downstream, name):
     hidden = torch.ones(1, 8, 8, dtype=torch.bool)
     sde = common.VP()
     sigmas = common.karras_sigmas(3, 80.0)
-    ways = {
-        "repaint": lambda: downstream.repaint(net, x0, hidden, sigmas),
-        "pc_inpaint": lambda: downstream.pc_inpaint(net, sde, x0, hidden, 2),
-        "encode_decode": lambda: downstream.encode_decode(net, sde, x0, 2),
-        "noise_and_denoise": lambda: downstream.noise_and_denoise(net, x0, 1.0, 2),
+    arguments = {
+        "repaint": (net, x0, hidden, sigmas),
+        "pc_inpaint": (net, sde, x0, hidden, 2),
+        "encode_decode": (net, sde, x0, 2),
+        "noise_and_denoise": (net, x0, 1.0, 2),
     }
-    assert not ways[name]().requires_grad
+    assert not getattr(downstream, name)(*arguments[name]).requires_grad
 
 
 # ---- which images are restored -------------------------------------------------------------------

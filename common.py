@@ -2939,7 +2939,7 @@ def warn_if_unfit(args, verdict=None):
     if not faults:
         return ""
     text = (
-        f"WARNING: {path} is hardly a Standard model: {'; '.join(faults)}. "
+        f"WARNING: the Standard model {path} is not fit, because {' and '.join(faults)}. "
         "Figures that start from it say little about unlearning."
     )
     print(text, flush=True)

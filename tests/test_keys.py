@@ -23,11 +23,9 @@ class Small(NamedTuple):
 
 
 @pytest.fixture
-def small():
-    args = argparse.Namespace(
-        **{"n": 4, "nfe": 2, "seed": 0, "sde": "vp", "quick": False, "device": "cpu"},
-        **{"nll": "ode", "rk4": 2, "levels": 2, "data_dir": None},
-    )
+def small(tmp_path):
+    flags = ["--forget", "3", "--n", "20", "--nfe", "2", "--device", "cpu", "--out", str(tmp_path)]
+    args = load_script("04")["arguments"](flags)
     images = torch.zeros(4, 1, 4, 4)
     setup = argparse.Namespace(args=args, sde=common.VP(), judge=None, real_images=images)
     model = argparse.Namespace(name="m", net=None, digest="x")

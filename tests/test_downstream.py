@@ -14,6 +14,7 @@ from conftest import (
     ROOT,
     SCRIPTS,
     Run,
+    arguments,
     check_refusal,
     check_success,
     load_script,
@@ -322,13 +323,13 @@ def test_what_is_restored_carries_no_gradient(downstream, name):
     hidden = torch.ones(1, 8, 8, dtype=torch.bool)
     sde = common.VP()
     sigmas = common.karras_sigmas(3, 80.0)
-    arguments = {
+    inputs = {
         "repaint": (net, x0, hidden, sigmas),
         "pc_inpaint": (net, sde, x0, hidden, 2),
         "encode_decode": (net, sde, x0, 2),
         "noise_and_denoise": (net, x0, 1.0, 2),
     }
-    assert not getattr(downstream, name)(*arguments[name]).requires_grad
+    assert not getattr(downstream, name)(*inputs[name]).requires_grad
 
 
 # ---- which images are restored -------------------------------------------------------------------
@@ -454,6 +455,14 @@ def test_mask_rows_hides_the_band_of_celeba(downstream):
 def test_mask_half_hides_the_right_half(right_half):
     assert right_half[0, :, 14:].all()
     assert right_half.sum() == 14 * 28
+
+
+@pytest.mark.parametrize("name", ["half", "rows", "center"])
+def test_a_mask_of_a_wide_image_has_its_shape(downstream, name):
+    hidden = downstream.load_mask(name, 24, 48)
+    assert hidden.shape == (1, 24, 48)
+    sizes = {"half": 24 * 24, "rows": 6 * 48, "center": 12 * 24}
+    assert hidden.sum() == sizes[name]
 
 
 def test_mask_center_hides_a_square_in_the_middle(downstream):
@@ -618,6 +627,21 @@ def test_accuracy_and_its_interval_are_printed(inpainted, rows, part):
 def test_fd_is_measured_on_d_g_alone(rows):
     assert "fd" in rows["Standard"]["D_g"]
     assert "fd" not in rows["Standard"]["D_f"]
+
+
+def test_fd_compares_test_images_with_training_images_of_d_g(downstream, inpainted, rows):
+    """Of the originals, so that no model has a part in it; under --quick 1000 training images."""
+    args = types.SimpleNamespace(**read_table(inpainted.out)["args"])
+    train, test = common.load_train_and_test("mnist")
+    judge = common.load_judge(arguments(inpainted.out, quick=True), train)
+    chosen = downstream.choose_images(test.labels == 3, args)[args.n :]
+    real = common.judge_images(judge, train.images[train.labels != 3][:1000])
+    clean = common.judge_images(judge, test.images[chosen])
+    want = common.frechet_distance(clean.features, real.features)
+    assert rows["clean"]["D_g"]["fd"] == pytest.approx(want, rel=1e-6)
+    is_right = clean.labels == test.labels[chosen]
+    share = 100 * is_right.float().mean().item()
+    assert rows["clean"]["D_g"]["accuracy"] == pytest.approx(share)
 
 
 class Reconstructed(NamedTuple):

@@ -13,6 +13,7 @@ import torch
 from conftest import (
     SCRIPTS,
     Run,
+    arguments,
     check_refusal,
     check_success,
     load_script,
@@ -522,6 +523,18 @@ def test_the_judge_recognises_real_images(finished):
     content = read_table(finished)
     assert 80 < content["judge_recall"] <= 100
     assert content["real"]["ur"] < 10
+
+
+def test_real_images_are_test_images_of_d_g_against_training_images_of_d_g(finished):
+    """Under --quick 1000 training images are compared with."""
+    train, test = common.load_train_and_test("mnist")
+    judge = common.load_judge(arguments(finished, quick=True), train)
+    real = common.judge_images(judge, train.images[train.labels != 3][:1000])
+    drawn = common.judge_images(judge, common.random_subset(test.images[test.labels != 3], 20, 0))
+    content = read_table(finished)
+    num_compared = 20 - content["models"][0]["class_counts"][3]
+    want = common.frechet_distance(drawn.features[:num_compared], real.features)
+    assert content["real"]["fd"] == pytest.approx(want, rel=1e-6)
 
 
 @pytest.mark.parametrize("text", [*MODELS, "real D_g", "± "])

@@ -346,6 +346,16 @@ def test_erasediff_with_eta_follows_the_gradients(eta, erasediff_step):
     torch.testing.assert_close(total, g + weight * f)
 
 
+@pytest.mark.parametrize("loss", [common.distill_loss, common.obt_rel_loss])
+def test_the_standard_model_gets_no_gradient(loss):
+    net = common.UNet(width=8)
+    base = common.UNet(width=8)
+    x0 = torch.randn(4, 1, 8, 8)
+    loss(net, base, common.VP(), x0, torch.full((4,), 0.5)).sum().backward()
+    assert all(weight.grad is None for weight in base.parameters())
+    assert net.head[-1].weight.grad is not None
+
+
 # ---- floors, caps and shapes ---------------------------------------------------------------------
 
 

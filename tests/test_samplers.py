@@ -329,6 +329,32 @@ def test_samples_carry_no_gradient(draw, small_unet):
     assert not draw(small_unet, torch.randn(2, 1, 28, 28)).requires_grad
 
 
+class FirstLook:
+    """A network that answers 0 and keeps the first noisy images of each batch that it sees."""
+
+    sd = 0.5
+
+    def __init__(self):
+        self.batches = []
+        self.phi = 0.0
+
+    def __call__(self, y, phi):
+        if phi[0] >= self.phi:  # the noise falls within a batch, so here a new one begins
+            self.batches.append(y)
+        self.phi = phi[0]
+        return torch.zeros_like(y)
+
+
+@pytest.mark.parametrize("sde", [common.VP(), common.DDPM()], ids=["vp", "ddpm"])
+def test_each_batch_starts_from_its_own_noise_of_the_seed(sde):
+    net = FirstLook()
+    common.sample_images(net, 5, (1, 4, 4), sde, seed=7, nfe=4, batch=2)
+    assert len(net.batches) == 3
+    for k, y in enumerate(net.batches):
+        want = common.randn((2, 1, 4, 4), common.rng(7, k))
+        torch.testing.assert_close(y, want, rtol=1e-3, atol=1e-3)  # y is nearly the noise itself
+
+
 # ---- from real numbers to bytes ------------------------------------------------------------------
 
 

@@ -445,6 +445,26 @@ def test_unet_starts_at_zero_and_takes_other_sizes(arch, shape):
     assert torch.equal(out, torch.zeros(shape))
 
 
+def test_attention_is_a_softmax_over_all_pixels():
+    """64 channels are two heads of 32; queries, keys and values written out one by one."""
+    torch.manual_seed(0)
+    attention = common.Attention(64)
+    nn.init.normal_(attention.out.weight, std=0.1)
+    x = torch.randn(2, 64, 3, 5)
+    with torch.no_grad():
+        qkv = attention.qkv(attention.norm(x)).flatten(2)  # (2, 3 * 64, 15)
+        mixed = []
+        for head in range(2):
+            first = 32 * head
+            query = qkv[:, first : first + 32]
+            key = qkv[:, 64 + first : 64 + first + 32]
+            value = qkv[:, 128 + first : 128 + first + 32]
+            share = (query.transpose(1, 2) @ key / 32**0.5).softmax(2)  # (2, 15, 15)
+            mixed.append(value @ share.transpose(1, 2))
+        want = x + attention.out(torch.cat(mixed, 1).reshape(x.shape))
+        torch.testing.assert_close(attention(x), want, rtol=1e-4, atol=1e-5)
+
+
 @pytest.fixture
 def mnist_net():
     """The network of the MNIST recipe with random weights."""

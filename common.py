@@ -1182,7 +1182,7 @@ def sample_images(
             # The noise serves as x_T, because DDPM's std(T) is 1 to four digits. nfe - 1 steps: the
             # last evaluation is the final denoising.
             x = pc_sample(
-                net, sde, noise, nfe - 1, "ancestral", corrector=False, generator=generator
+                net, sde, noise, nfe - 1, "ancestral", corrector=None, generator=generator
             )
         else:
             x = dpmpp_sample(net, noise, sigmas, eta, generator)

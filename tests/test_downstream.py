@@ -352,6 +352,13 @@ def test_chosen_images_follow_the_seed(downstream):
     assert not torch.equal(choose(downstream, 8), choose(downstream, 8, seed=1))
 
 
+def test_chosen_images_are_those_of_the_figures_in_the_readme(downstream):
+    """D_f and D_g have the random streams 0 and 1 of the seed: others would change the figures."""
+    chosen = choose(downstream, 8, seed=5)
+    assert torch.equal(chosen[:8], common.random_subset(torch.arange(10), 8, 5, 0))
+    assert torch.equal(chosen[8:], common.random_subset(torch.arange(10, 40), 8, 5, 1))
+
+
 @pytest.mark.parametrize("num_f, num_g", [(10, 3), (3, 10)])
 def test_too_few_images_to_choose_from_are_refused(downstream, num_f, num_g):
     run = run_function(choose, downstream, 4, num_f, num_g)

@@ -1,6 +1,9 @@
 """Training helpers: average, rates, guard, Muon, checkpoints; and 02's resume, bit for bit."""
 
 import argparse
+import json
+import math
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -419,6 +422,78 @@ def test_resume_is_bit_exact(tmp_path, monkeypatch):
     assert same_weights(whole["model"], parts["model"]), "the weights differ"
     assert same_weights(whole["ema"], parts["ema"]), "the averages differ"
     assert not same_weights(whole["model"], whole["ema"]), "the average is the weights themselves"
+
+
+# ---- 02: what a step trains on -------------------------------------------------------------------
+
+
+class Trained(NamedTuple):
+    """What three steps of 02 have asked for, and the lines of their log."""
+
+    batches: list  # the images of each step
+    times: list  # their times
+    weights: list  # how the loss is weighted
+    rates: list  # of Adam
+    log: list  # the lines of log.jsonl
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of 02 of three steps, of a narrow network."""
+    out = tmp_path_factory.mktemp("trained")
+    result = Trained([], [], [], [], [])
+    dsm_loss = common.dsm_loss
+    set_lr = common.set_lr
+
+    def record_loss(net, sde, x0, t, weight="std2"):
+        result.batches.append(x0)
+        result.times.append(t)
+        result.weights.append(weight)
+        return dsm_loss(net, sde, x0, t, weight)
+
+    def record_rate(optimizers, *args, **options):
+        set_lr(optimizers, *args, **options)
+        result.rates.append(optimizers[-1].param_groups[0]["lr"])
+
+    flags = ("--quick", "--steps", 3, "--batch-size", 8, "--width", 8, "--lr", 1e-3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "dsm_loss", record_loss)
+        patch.setattr(common, "set_lr", record_rate)
+        check_success(run_script("02", *flags, "--without", 3, "--out", out))
+    (log,) = out.rglob("log.jsonl")
+    result.log.extend(json.loads(line) for line in log.read_text().splitlines())
+    return result
+
+
+@pytest.mark.parametrize("drawn", ["batches", "times"])
+def test_every_step_of_02_draws_its_own_random_numbers(trained, drawn):
+    first, second, third = getattr(trained, drawn)
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, third)
+    assert not torch.equal(second, third)
+
+
+def test_the_base_is_trained_with_the_v_loss(trained):
+    assert trained.weights == ["v"] * 3
+
+
+def test_the_rate_of_02_rises_for_200_steps_and_falls_along_a_cosine(trained):
+    for step, rate in enumerate(trained.rates):
+        cosine = 0.5 * (1 + math.cos(math.pi * step / 3))
+        assert rate == pytest.approx(1e-3 * (step + 1) / 200 * cosine)
+
+
+def test_the_log_of_02_has_the_speed_of_the_training(trained):
+    assert trained.log[-1]["images_per_s"] > 0.01
+
+
+def test_training_without_a_class_draws_none_of_its_images(trained):
+    """Bytes are compared: dequantize adds less than one level."""
+    data = common.load_dataset("mnist")
+    threes = {image.numpy().tobytes() for image in data.images[data.labels == 3]}
+    for x0 in trained.batches:
+        for image in common.to_bytes(x0):
+            assert image.numpy().tobytes() not in threes
 
 
 # ---- the network ---------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import os
 import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -171,6 +172,74 @@ def gaussian():
     mean = torch.tensor([[0.4, -0.7]], dtype=torch.float64)
     cov = torch.tensor([[[1.0, 0.55], [0.55, 0.5]]], dtype=torch.float64)
     return common.GaussianMixture(mean, cov, torch.ones(1, dtype=torch.float64), sd=0.8)
+
+
+# ---- no test writes outside its folder -----------------------------------------------------------
+
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+# The other events that change a disk -> how many of their arguments are paths.
+CHANGES = {"os.mkdir": 1, "os.remove": 1, "os.rmdir": 1, "shutil.rmtree": 1, "os.chmod": 1}
+CHANGES |= {"os.rename": 2, "os.link": 2, "os.symlink": 2}
+# What Python, pytest and matplotlib keep for themselves, and what is no file on a disk.
+ELSEWHERE = ("__pycache__", ".pytest_cache", "matplotlib", "/dev/", "/proc/")
+
+
+class WriteWatch:
+    """It notes each file that Python opens for writing, makes or removes outside of one folder."""
+
+    def __init__(self):
+        self.folder = None  # where everything may be written; None: nothing is watched
+        self.found = []  # what was written elsewhere
+
+    def hear(self, event, arguments):
+        """Python calls this at each event that it can be asked to report (sys.addaudithook)."""
+        if self.folder is None:
+            return
+        if event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITES:
+            self.note(event, arguments[0])
+        # A name within an open folder, as shutil.rmtree uses them, says nothing without the folder.
+        elif event in CHANGES and not is_within_open_folder(event, arguments):
+            for path in arguments[: CHANGES[event]]:
+                self.note(event, path)
+
+    def note(self, event, path):
+        """Note one path, unless it is a place where a test may write."""
+        if not isinstance(path, (str, bytes, os.PathLike)):
+            return  # the number of a file that is open already
+        name = os.path.abspath(os.fsdecode(path))
+        is_allowed = Path(name).is_relative_to(self.folder)
+        if not is_allowed and not any(part in name for part in ELSEWHERE):
+            self.found.append(f"{event} {name}")
+
+
+def is_within_open_folder(event, arguments):
+    """Whether the path of os.remove or os.rmdir counts from an open folder, not from the root."""
+    return event in ("os.remove", "os.rmdir") and arguments[1] != -1
+
+
+watch = WriteWatch()
+sys.addaudithook(watch.hear)  # for good: Python cannot take it back
+
+
+@pytest.fixture(scope="session", autouse=True)
+def folder_of_all_tests(tmp_path_factory):
+    """The folder that holds every tmp_path; temporary files of other programs go there too."""
+    folder = tmp_path_factory.getbasetemp()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(folder))  # for the processes that tests start
+        patch.setattr(tempfile, "tempdir", str(folder))
+        # One higher: pytest itself clears away what earlier runs have left there.
+        watch.folder = folder.parent
+        yield folder
+        watch.folder = None
+
+
+@pytest.fixture(autouse=True)
+def write_nowhere_else(folder_of_all_tests):
+    """Fail a test that has written outside of tmp_path."""
+    watch.found.clear()
+    yield
+    assert watch.found == [], "written outside of tmp_path"
 
 
 # ---- pytest itself -------------------------------------------------------------------------------

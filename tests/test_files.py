@@ -16,6 +16,7 @@ from conftest import (
     read_json,
     run_function,
     run_script,
+    watch,
 )
 
 import common
@@ -319,3 +320,33 @@ def test_every_script_writes_strict_json(tmp_path, small_base, broken_measures, 
     assert found["result.json"]["class_min_ratio"] is None
     lines = read_all_json(only_run(tmp_path))["log.jsonl"]
     assert {line["loss_g"] for line in lines} == {None}
+
+
+# ---- the tests themselves ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda folder: (folder / "a").write_text("x"),
+        lambda folder: (folder / "b").mkdir(),
+        lambda folder: (folder / "c").unlink(missing_ok=True),
+        lambda folder: common.save_checkpoint(folder / "d.pt", arch=1),
+    ],
+    ids=["write", "make a folder", "remove", "save_checkpoint"],
+)
+def test_a_test_that_writes_elsewhere_is_noticed(tmp_path, monkeypatch, write):
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    monkeypatch.setattr(watch, "folder", inside)
+    monkeypatch.setattr(watch, "found", [])
+    write(inside)
+    assert watch.found == []
+    write(tmp_path)
+    assert len(watch.found) > 0
+
+
+def test_temporary_files_of_other_programs_are_below_tmp_path(tmp_path):
+    code = "import tempfile; print(tempfile.gettempdir())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() in map(str, tmp_path.parents)

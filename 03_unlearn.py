@@ -5,6 +5,7 @@
     python 03_unlearn.py --dataset mnist --forget 3 --method ort   # the paper's: ort, obt
     python 03_unlearn.py --dataset mnist --forget 3 --method siss  # or unseen, erasediff, ascent
     python 03_unlearn.py --dataset mnist --forget 3 --method obt --from-scratch
+    python 03_unlearn.py --dataset mnist --forget 3 --redraw       # only the pictures, once more
     python 03_unlearn.py --dataset cifar10 --forget dog            # a GPU and a base of 02 needed
     python 03_unlearn.py --dataset celeba --forget bangs           # one of 40 attributes
 

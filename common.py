@@ -2746,8 +2746,12 @@ def save_checkpoint(path, **content):
     A crash leaves the old file or the new one, never half of one. Of several processes the first
     one writes. Raises OSError if the disk is full.
     """
-    if not is_first_process():
-        return
+    if is_first_process():
+        write_torch_file(path, content)
+
+
+def write_torch_file(path, content):
+    """Write what torch.save can write, whole or not at all and in every process that calls it."""
     with whole_file(path) as unfinished:
         unfinished.touch()  # a folder that cannot be written to: an OSError that says why
         try:

@@ -113,6 +113,10 @@ def arguments(argv):
         "pc_images": 4,
     }
     args = common.finish_args(args, full=full, quick=quick)
+    if args.json:
+        common.refuse_unwritable(args.json)
+    if args.samplers:
+        common.refuse_unwritable(args.samplers_file)
     _, num_processes = common.ranks()
     if args.json and num_processes > 1:
         common.exit_with_error(
@@ -402,8 +406,7 @@ def draw(args, net, name, sampler, seed, shape, chunk_size=125):
             if not torch.isfinite(x).all():
                 common.exit_with_error(f"{name} has drawn numbers that are not finite")
             images = common.to_bytes(x.cpu())
-            with common.whole_file(path) as unfinished:
-                torch.save({"images": images}, unfinished)
+            common.write_torch_file(path, {"images": images})
             # Only the first process's lines are seen.
             print(
                 f"{name}, seed {seed}: chunk {k + 1} of {num_chunks}, {time.time() - start:.0f} s",

@@ -1148,7 +1148,9 @@ def main(argv=None):
     if args.quick:  # its models must not lie where nll and noise look for real ones
         PLACES.runs = PLACES.runs / "quick"
         PLACES.table = PLACES.runs / "tables.json"
-    PLACES.runs.mkdir(parents=True, exist_ok=True)
+    common.remove_leftovers(common.make_folder(PLACES.runs))
+    if not (args.draw or args.list):
+        common.refuse_unwritable(PLACES.table)
     save_time()
 
     only, method = check_row(args.only)

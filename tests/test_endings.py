@@ -1,5 +1,6 @@
 """How programs end: Ctrl-C, SIGTERM, a full disk, a closed pipe, a picture that fails."""
 
+import argparse
 import errno
 import os
 import signal
@@ -185,7 +186,9 @@ def seen_when_drawing(monkeypatch, folder):
     seen = []
 
     def look_and_fail():
-        seen.append({path.name for path in folder.rglob("*") if "/." not in str(path)})
+        paths = [path for path in folder.rglob("*") if "/." not in str(path)]
+        names = {path.name for path in paths}
+        seen.append(names | {f"{path.parent.name}/{path.name}" for path in paths})
         raise ValueError("no pictures today")
 
     monkeypatch.setattr(common, "pyplot", look_and_fail)
@@ -237,6 +240,38 @@ def test_redraw_makes_the_same_picture_and_trains_nothing(tmp_path, small_base, 
 
 def test_redraw_without_a_run_names_the_command(tmp_path):
     check_refusal(run_script("03", *TINY, "--redraw", "--out", tmp_path), "not found", "--forget 3")
+
+
+def test_04_and_05_are_safe_before_their_first_picture(tmp_path, small_base, monkeypatch):
+    """An older picture does not stand beside the new table. Drawn again, all is there."""
+    check_success(run_script("03", *TINY, "--out", tmp_path))
+    (folder,) = tmp_path.rglob("forget-3")
+    (folder / "samples.png").write_text("older")
+    evaluate = ("04", *TINY[:5], "--n", 20, "--nfe", 2, "--nll", "none", "--out", tmp_path)
+    restore = ("05", *TINY[:5], "--n", 3, "--steps", 2, "--out", tmp_path)
+    with monkeypatch.context() as patch:
+        seen = seen_when_drawing(patch, folder)
+        for command in (evaluate, restore):
+            run = run_script(*command)
+            check_success(run)
+            assert "could not be drawn" in run.err
+            assert f"{command[0]}_" in run.err, "the command is not named"
+            assert run.err.count("\n") == run.err.count("could not be drawn")
+    assert {"table.md", "table.json"} <= seen[0]
+    assert "samples.png" not in seen[0]
+    assert "inpaint-half/table.json" in seen[-1]
+    check_success(run_script(*evaluate))
+    check_success(run_script(*restore))
+    assert (folder / "samples.png").read_bytes().startswith(b"\x89PNG")
+    assert list(folder.glob("downstream/*/pictures.png"))
+
+
+def test_01_is_safe_before_its_first_picture(tmp_path, monkeypatch):
+    seen = seen_when_drawing(monkeypatch, tmp_path)
+    run = run_script("01", "--quick", "--steps", 2, "--n", 100, "--out", tmp_path)
+    check_success(run)
+    assert "table.json" in seen[0]
+    assert run.err.count("could not be drawn") == 2
 
 
 # ---- run: how a program ends ---------------------------------------------------------------------
@@ -521,6 +556,34 @@ def test_a_folder_in_the_place_of_the_base_is_named(tmp_path, number):
     common.save_checkpoint(folder / "model.pt", arch=arch, ema={}, args=args)
     run = run_script(number, "--quick", "--forget", 3, "--out", tmp_path)
     check_refusal(run, str(path), "is a folder")
+
+
+@pytest.mark.parametrize("number", ["04", "05"])
+def test_a_folder_in_the_place_of_a_model_is_named(tmp_path, number):
+    path = tmp_path / "quick/mnist/forget-3/ort-vp/model.pt"
+    make_folder_there(path)
+    run = run_script(number, "--quick", "--forget", 3, "--out", tmp_path)
+    check_refusal(run, str(path), "is a folder")
+
+
+def test_a_folder_in_the_place_of_a_mask_is_named(tmp_path):
+    check_refusal(run_function(load_script("05")["read_grey"], tmp_path), f"--mask {tmp_path}")
+
+
+@SPOILS
+def test_04_refuses_files_that_it_could_not_write(tmp_path, spoil, word, monkeypatch):
+    script = load_script("04")
+    path = tmp_path / "table.json"
+    spoil(path)
+    names = script["main"].__globals__
+    monkeypatch.setattr(common, "forget_folder", lambda *_: tmp_path)
+    for name in ("find_models", "check_attack", "draw_nll_images", "evaluate"):
+        monkeypatch.setitem(names, name, lambda *_: None)
+    images = common.Dataset(torch.zeros(1, 1, 28, 28), torch.zeros(1), list("0123456789"))
+    monkeypatch.setattr(common, "load_train_and_test", lambda *_: (images, images))
+    monkeypatch.setitem(names, "split_images", lambda *_: (argparse.Namespace(train_f=[]), [3]))
+    run = run_function(script["main"], ["--quick", "--forget", "3", "--out", str(tmp_path / "o")])
+    check_refusal(run, str(path), word)
 
 
 @SPOILS

@@ -455,3 +455,12 @@ def test_ve_table_shows_the_weight_found_with_standard_first(maker):
         "1.20 [0.6, 2.4], x1.20, 0.80",
     ]
     assert obt == f"| obt/0.8 | {' | '.join(cells)} | 300 |"
+
+
+def test_a_figure_that_is_null_in_the_table_is_nan_again(maker, tmp_path):
+    """JSON has no NaN; the mean of several runs needs numbers."""
+    entry = maker["keep"]("group/one", "command", {"fd_after": math.nan, "n": 3})
+    for result in (entry, maker["load"]()["group/one"]):
+        assert math.isnan(result["fd_after"])
+        assert result["n"] == 3
+    assert read_json(tmp_path / "tables.json")["group/one"]["fd_after"] is None

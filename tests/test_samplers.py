@@ -32,6 +32,11 @@ def distance_to_endpoint(x, gaussian, sigma=0.01):
     return w2_squared(x, gaussian.means[0], endpoint_cov)
 
 
+def normal(*shape, seed=0):
+    """Gaussian noise of this shape in float64, the same for the same seed."""
+    return torch.randn(shape, generator=common.rng(seed), dtype=torch.float64)
+
+
 def order_of_convergence(error, error_of_half_the_step):
     """The p for which the error falls as step^p."""
     return math.log2(error / error_of_half_the_step)
@@ -73,7 +78,7 @@ def test_ddpm_ancestral_sampling(steps, gaussian):
 def test_ddpm_ancestral_step_is_algorithm_2(gaussian):
     """Ho et al. 2020, Algorithm 2, with the posterior variance, written out by its own symbols."""
     sde = common.DDPM()
-    start = torch.randn(100, 2, generator=common.rng(0), dtype=torch.float64)
+    start = normal(100, 2)
     beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     alpha_bar = torch.cumprod(1 - beta, 0)
     got = common.pc_sample(
@@ -142,7 +147,8 @@ def test_langevin_step_measures_each_image_by_itself():
     decay = torch.full((2, 1, 1, 1), 0.9)
     got = common.langevin_step(x, score, noise, std, decay, snr=0.2)
     for i in range(2):
-        ratio = noise[i].norm().item() / score[i].norm().item()
+        noise_length = noise[i].norm().item()
+        ratio = noise_length / score[i].norm().item()
         want = score_sde_step(x[i], score[i], noise[i], 0.9**2, 0.2, ratio)
         torch.testing.assert_close(got[i], want)
 
@@ -150,16 +156,21 @@ def test_langevin_step_measures_each_image_by_itself():
 def test_langevin_step_of_points_averages_over_the_batch():
     """What score_sde does for images too: mean length of the noise over mean length of scores."""
     x, score, noise = langevin_inputs((5, 2))
-    got = common.langevin_step(x, score, noise, torch.ones(5), torch.ones(5, 1), snr=0.2)
-    ratio = noise.norm(dim=1).mean().item() / score.norm(dim=1).mean().item()
-    torch.testing.assert_close(got, score_sde_step(x, score, noise, 1.0, 0.2, ratio))
+    std = torch.ones(5)
+    decay = torch.ones(5, 1)
+    got = common.langevin_step(x, score, noise, std, decay, snr=0.2)
+    noise_length = noise.norm(dim=1).mean().item()
+    score_length = score.norm(dim=1).mean().item()
+    want = score_sde_step(x, score, noise, 1.0, 0.2, noise_length / score_length)
+    torch.testing.assert_close(got, want)
 
 
 def test_ald_step_takes_the_lengths_at_their_expectation():
     """|score| = |noise|/std, whatever the lengths are."""
     x, score, noise = langevin_inputs((2, 1, 8, 8))
     std = torch.tensor([0.5, 3.0])
-    got = common.langevin_step(x, score, noise, std, torch.ones(2, 1, 1, 1), 0.2, norms="ald")
+    decay = torch.ones(2, 1, 1, 1)
+    got = common.langevin_step(x, score, noise, std, decay, 0.2, norms="ald")
     for i, ratio in enumerate((0.5, 3.0)):
         want = score_sde_step(x[i], score[i], noise[i], 1.0, 0.2, ratio)
         torch.testing.assert_close(got[i], want)
@@ -182,7 +193,7 @@ def exact_flow(gaussian, x_hat, sigma_start, sigma_end):
 
 @pytest.mark.parametrize("ends", [(10.0, 0.1), (0.1, 10.0)], ids=["decode", "encode"])
 def test_heun_converges_with_order_two(gaussian, ends):
-    x_hat = torch.randn(50, 2, generator=common.rng(0), dtype=torch.float64)
+    x_hat = normal(50, 2)
     want = exact_flow(gaussian, x_hat, *ends)
 
     def error(steps):
@@ -195,14 +206,15 @@ def test_heun_converges_with_order_two(gaussian, ends):
 
 def test_heun_is_exact_where_data_and_noise_are_constant():
     """With one image as data z_hat never changes on the way: one step, however long, is enough."""
-    image = torch.randn(1, 1, 4, 4, generator=common.rng(0), dtype=torch.float64)
-    noise = torch.randn(3, 1, 4, 4, generator=common.rng(1), dtype=torch.float64)
+    image = normal(1, 1, 4, 4)
+    noise = normal(3, 1, 4, 4, seed=1)
 
     def z_hat(x_hat, sigma):
         return (x_hat - image) / common.expand_like(sigma, x_hat)
 
     net = common.ExactNet(z_hat, sd=0.5)
-    x_hat = common.heun_solve(net, image + 80 * noise, torch.tensor([80.0, 0.01]).double())
+    sigmas = torch.tensor([80.0, 0.01]).double()
+    x_hat = common.heun_solve(net, image + 80 * noise, sigmas)
     torch.testing.assert_close(x_hat, image + 0.01 * noise)
 
 
@@ -211,7 +223,8 @@ def edm_heun(net, noise, sigmas):
     t = [*sigmas.tolist(), 0.0]
 
     def slope(x, sigma):
-        denoised, _ = common.predict(net, x, torch.full((len(x),), sigma, dtype=x.dtype))
+        sigmas = torch.full((len(x),), sigma, dtype=x.dtype)
+        denoised, _ = common.predict(net, x, sigmas)
         return (x - denoised) / sigma
 
     x = noise * t[0]
@@ -227,7 +240,7 @@ def edm_heun(net, noise, sigmas):
 @pytest.mark.parametrize("num_evaluations", [9, 19, 29])
 def test_ode_sample_is_as_near_to_the_gaussian_as_edms_own_step(gaussian, num_evaluations):
     """Wasserstein distance at few evaluations; a step in phi is many times further away at 9."""
-    noise = torch.randn(20000, 2, generator=common.rng(0), dtype=torch.float64)
+    noise = normal(20000, 2)
     sigmas = common.karras_sigmas((num_evaluations + 1) // 2, 80.0).double()
     ours = distance_to_endpoint(common.ode_sample(gaussian, noise, sigmas), gaussian)
     edm = distance_to_endpoint(edm_heun(gaussian, noise, sigmas), gaussian)
@@ -235,14 +248,15 @@ def test_ode_sample_is_as_near_to_the_gaussian_as_edms_own_step(gaussian, num_ev
 
 
 def test_heun_there_and_back_is_a_round_trip(gaussian):
-    x_hat = torch.randn(50, 2, generator=common.rng(0), dtype=torch.float64)
+    x_hat = normal(50, 2)
     sigmas = common.karras_sigmas(200, 152.0, 0.001).double()
     latent = common.heun_solve(gaussian, x_hat, sigmas.flip(0))
-    assert (common.heun_solve(gaussian, latent, sigmas) - x_hat).abs().max() < 1e-3
+    back = common.heun_solve(gaussian, latent, sigmas)
+    assert (back - x_hat).abs().max() < 1e-3
 
 
 def test_ode_sample_has_the_right_distribution(gaussian):
-    noise = torch.randn(20000, 2, generator=common.rng(0), dtype=torch.float64)
+    noise = normal(20000, 2)
     x = common.ode_sample(gaussian, noise, common.karras_sigmas(30, 80.0).double())
     assert distance_to_endpoint(x, gaussian) < 0.002
 
@@ -252,7 +266,7 @@ def test_ode_sample_has_the_right_distribution(gaussian):
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_dpmpp_has_the_right_distribution_and_improves(eta, gaussian):
-    noise = torch.randn(20000, 2, generator=common.rng(0), dtype=torch.float64)
+    noise = normal(20000, 2)
     errors = []
     for n in (16, 32, 64):
         sigmas = common.karras_sigmas(n, 80.0).double()
@@ -263,7 +277,7 @@ def test_dpmpp_has_the_right_distribution_and_improves(eta, gaussian):
 
 
 def test_deterministic_dpmpp_converges_with_order_two(gaussian):
-    noise = torch.randn(50, 2, generator=common.rng(0), dtype=torch.float64)
+    noise = normal(50, 2)
 
     def draw(steps):
         sigmas = torch.logspace(math.log10(80), -2, steps + 1, dtype=torch.float64)

@@ -17,6 +17,7 @@ import pytest
 from conftest import ROOT, run_process
 
 MAX_COLUMNS = 100
+MAX_TOKENS = 13  # a code line, on average over a file
 MIN_COMMENTS = 0.10  # share of the lines that are not blank
 PACKAGES = {"torch", "numpy", "matplotlib", "torchvision", "common"}
 
@@ -208,7 +209,34 @@ def find_missing_comments(source):
         yield 1, f"comments on {100 * share:.1f} % of the lines"
 
 
+def find_dense_code(source):
+    """A line of 20 tokens is no fault. A file of such lines cannot be read, only deciphered."""
+    silent = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    text = docstring_lines(source)
+    num_tokens = 0
+    lines = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        is_code = token.string and token.type not in silent
+        if is_code and token.start[0] not in text:
+            num_tokens += 1
+            lines.update(range(token.start[0], token.end[0] + 1))
+    if num_tokens > MAX_TOKENS * len(lines):
+        yield 1, f"{num_tokens / len(lines):.1f} tokens a line"
+
+
+def docstring_lines(source):
+    """The numbers of all lines that belong to a docstring."""
+    result = set()
+    for node in nodes(source):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(
+            node
+        ):
+            result.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return result
+
+
 RULES = {
+    "dense code": find_dense_code,
     "long lines": find_long_lines,
     "packed statements": find_packed_statements,
     "nested conditions": find_nested_conditions,
@@ -259,6 +287,8 @@ def test_hidden_and_written_folders_are_left_out(tmp_path):
 COMMENTED = "# why\n" + "x = 1\n" * 9  # exactly one line of ten
 
 BAD = [
+    ("dense code", "x = [a(1), b(2), c(3)]"),
+    ("dense code", '"""Text does not make it any thinner."""\nx = [a(1), b(2), c(3)]'),
     ("long lines", "x = '" + "a" * 95 + "'"),
     ("packed statements", "print(1), print(2)"),
     ("packed statements", "print(1) if x else print(2)"),
@@ -295,6 +325,7 @@ BAD = [
 ]
 
 GOOD = [
+    ("dense code", "x = [a(1), b(2), c(3)]\ny = x\nz = y"),
     ("long lines", "x = '" + "a" * 94 + "'"),
     ("packed statements", "print(1)"),
     ("nested conditions", "x = 1 if a else 2"),

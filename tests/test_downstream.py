@@ -877,10 +877,10 @@ def test_a_failed_run_leaves_the_finished_one(script, tmp_path, monkeypatch):
     before = read_files(tmp_path)
 
     def refuse(*args):
-        common.exit_with_error("no picture")
+        common.exit_with_error("no measure")
 
-    monkeypatch.setattr(common, "tile", refuse)
-    check_refusal(script("05", *TINY, "--seed", 1, "--out", tmp_path), "no picture")
+    monkeypatch.setattr(common, "frechet_distance", refuse)
+    check_refusal(script("05", *TINY, "--seed", 1, "--out", tmp_path), "no measure")
     assert read_files(tmp_path) == before
 
 

@@ -188,7 +188,7 @@ def test_no_argument_is_overlooked(speller, tmp_path, number, short):
             "measure",
             "n",
         },
-        "03": {"device", "cache_dir"},
+        "03": {"device", "cache_dir", "redraw"},
     }
     assert set(args) == set(speller["HYPER_PARAMETERS"][number]) | elsewhere[number]
 

@@ -130,6 +130,20 @@ def test_a_wrong_score_raises_the_bound(evaluate, gaussian):
     assert wrong_bound > right_bound + 0.05
 
 
+@pytest.mark.parametrize("sigma_max", [1.0, 2.0, 8.0])
+def test_the_bound_does_not_depend_on_where_its_integral_ends(evaluate, sigma_max):
+    """For data that are all 0, z_hat = x_hat/sigma, and the integral can be done by hand.
+
+    It is |x|^2/2 (1/sigma_min^2 - 1/sigma_max^2), and the prior's share makes up for the end.
+    """
+    net = common.ExactNet(lambda x_hat, sigma: x_hat / sigma[:, None], sd=1.0)
+    x = torch.full((20, 4), 3.0, dtype=torch.float64)
+    bound = evaluate.nll_bound(net, x, 0.5, sigma_max, levels=100, generator=common.rng(0))
+    entropy = 2 * math.log(2 * math.pi * math.e * 0.5**2)
+    want = torch.full((20,), entropy + 36 / 2 / 0.5**2, dtype=torch.float64)
+    torch.testing.assert_close(bound, want, rtol=2e-3, atol=0)
+
+
 def test_the_bound_carries_no_gradient(evaluate):
     net = common.UNet(width=8)
     assert not evaluate.nll_bound(net, torch.zeros(2, 1, 8, 8), levels=2).requires_grad

@@ -177,9 +177,9 @@ def gaussian():
 # ---- no test writes outside its folder -----------------------------------------------------------
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-# The other events that change a disk -> how many of their arguments are paths.
-CHANGES = {"os.mkdir": 1, "os.remove": 1, "os.rmdir": 1, "shutil.rmtree": 1, "os.chmod": 1}
-CHANGES |= {"os.rename": 2, "os.link": 2, "os.symlink": 2}
+# The other events that change a disk -> which of their arguments are paths that change.
+CHANGES = dict.fromkeys(("os.mkdir", "os.remove", "os.rmdir", "os.chmod", "shutil.rmtree"), (0,))
+CHANGES |= {"os.rename": (0, 1), "os.link": (1,), "os.symlink": (1,)}
 # What Python, pytest and matplotlib keep for themselves, and what is no file on a disk.
 ELSEWHERE = ("__pycache__", ".pytest_cache", "matplotlib", "/dev/", "/proc/")
 
@@ -199,8 +199,8 @@ class WriteWatch:
             self.note(event, arguments[0])
         # A name within an open folder, as shutil.rmtree uses them, says nothing without the folder.
         elif event in CHANGES and not is_within_open_folder(event, arguments):
-            for path in arguments[: CHANGES[event]]:
-                self.note(event, path)
+            for i in CHANGES[event]:
+                self.note(event, arguments[i])
 
     def note(self, event, path):
         """Note one path, unless it is a place where a test may write."""

@@ -176,7 +176,9 @@ def of_two_sets(evaluate, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("forget")
     setup = evaluate.Setup(
-        args=argparse.Namespace(sde="vp", nll="ode", rk4=30, levels=64, seed=0, data_dir=None),
+        args=argparse.Namespace(
+            sde="vp", nll="ode", nll_floor=0.001, rk4=30, levels=64, seed=0, data_dir=None
+        ),
         folder=folder,
         sde=common.VP(),
         judge=None,
@@ -236,6 +238,25 @@ def test_the_set_farther_out_is_less_likely(of_two_sets):
 
 def test_the_error_of_the_solver_is_small_and_not_zero(of_two_sets):
     assert 0 < of_two_sets.result["ode_error_bits"] < 0.01
+
+
+def test_the_error_of_the_solver_is_measured_with_twice_the_steps(evaluate, monkeypatch, tmp_path):
+    """16 images of D_g and 16 of D_f are solved again, and no others."""
+    calls = []
+
+    def solve(net, sde, x, probes, steps, *args, **options):
+        calls.append((len(x), steps))
+        return torch.zeros(len(x))
+
+    monkeypatch.setattr(common, "ode_log_likelihood", solve)
+    args = evaluate.arguments(["--forget", "3", "--device", "cpu", "--out", str(tmp_path)])
+    args.nll = "ode"
+    args.rk4 = 5
+    args.levels = 2
+    setup = types.SimpleNamespace(args=args, sde=common.VP())
+    net = common.UNet(width=8)
+    evaluate.nll_in_nats(setup, net, torch.zeros(80, 1, 8, 8), "label")
+    assert calls == [(64, 5), (16, 5), (32, 10)]
 
 
 # ---- how much work it is -------------------------------------------------------------------------

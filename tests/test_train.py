@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from conftest import (
     check_refusal,
     check_success,
@@ -322,6 +323,32 @@ def test_fit_judge_speaks_of_skipped_steps_only_if_there_were_some(capsys):
 
 def test_a_judge_comes_out_of_its_training_in_eval_mode():
     assert not fit_small_judge().training
+
+
+def test_random_affine_turns_scales_and_shifts_and_nothing_else(monkeypatch):
+    """Its matrix, divided by its scale, is a rotation: it keeps all lengths and mirrors nothing."""
+    grids = []
+    affine_grid = F.affine_grid
+
+    def record(theta, *args, **options):
+        grids.append(theta)
+        return affine_grid(theta, *args, **options)
+
+    monkeypatch.setattr(F, "affine_grid", record)
+    torch.manual_seed(0)
+    common.random_affine(torch.zeros(500, 1, 8, 8))
+    (theta,) = grids
+    matrix = theta[:, :, :2]
+    scale = torch.linalg.det(matrix).sqrt()
+    assert 0.9 - 1e-4 < scale.min() < 0.92
+    assert 1.08 < scale.max() < 1.1 + 1e-4
+    rotation = matrix / scale[:, None, None]
+    identity = torch.eye(2).expand(500, 2, 2)
+    torch.testing.assert_close(rotation @ rotation.transpose(1, 2), identity)
+    degrees = torch.rad2deg(torch.asin(rotation[:, 1, 0]))
+    assert 9 < degrees.abs().max() < 10
+    pixels = theta[:, :, 2] * 8 / 2
+    assert 1.9 < pixels.abs().max() <= 2
 
 
 # ---- the loss by noise level ---------------------------------------------------------------------

@@ -26,9 +26,9 @@ BYTE_F = 190  # the same of D_f
 
 
 @pytest.fixture(scope="module")
-def unlearn():
-    """The names of 03_unlearn.py."""
-    return types.SimpleNamespace(**load_script("03"))
+def unlearn(tmp_path_factory):
+    """The names of 03_unlearn.py, and `out`, a folder for --out."""
+    return types.SimpleNamespace(**load_script("03"), out=tmp_path_factory.mktemp("unlearn"))
 
 
 def tiny_net():
@@ -43,7 +43,7 @@ def tiny_net():
 
 def tiny_arguments(unlearn, *flags):
     """What 03 makes of its flags."""
-    argv = ["--forget", "3", "--device", "cpu", *flags]
+    argv = ["--forget", "3", "--device", "cpu", "--out", unlearn.out, *flags]
     return unlearn.arguments([str(value) for value in argv])
 
 
@@ -234,11 +234,11 @@ def test_a_given_alpha_stays(unlearn):
 
 
 @pytest.mark.parametrize("number, name", [("03", "forget_times"), ("02", "training_times")])
-def test_log_sigma_is_the_mean_and_then_the_std(number, name):
+def test_log_sigma_is_the_mean_and_then_the_std(number, name, tmp_path):
     """The noise levels of D_f in 03, and those of all images in 02."""
     script = load_script(number)
     argv = {"03": ["--forget", "3"], "02": ["--wide", "0"]}[number]
-    args = script["arguments"]([*argv, "--log-sigma", "1.5", "0.4", "--device", "cpu"])
+    args = script["arguments"]([*argv, "--log-sigma", "1.5", "0.4", "--out", str(tmp_path)])
     sde = common.TRAINING_SDE
     torch.manual_seed(0)
     log_sigma = sde.sigma(script[name](args, sde, 4000)).log()

@@ -26,9 +26,9 @@ forgotten by its absence: not_bangs.
 
 Writes out/<dataset>/forget-<names>/<method>-<sde>[-<flag><value>...][-scratch][-s<seed>]/, where a
 flag is named if it was given and changes the model: model.pt, result.json, log.jsonl, curves.png,
-before_after.png. Expect with --forget 3: see README. A run that made things worse (more of what was
-to be forgotten than before, or half of the samples rubbish) says so and ends with status 1. It goes
-into a folder of its own, <name>-worse, and replaces nothing.
+before_after.png. Expect with --forget 3: see README. A run that made things worse says so and ends
+with status 1: more of what was to be forgotten than before, half of the samples rubbish, or another
+class gone. It goes into a folder of its own, <name>-worse, and replaces nothing.
 
 Predict, then run:
   1. Which digits pay for the forgetting of 3?            (class_counts in result.json)
@@ -728,10 +728,11 @@ def set_apart_if_worse(result, out, folder):
     return place
 
 
-def reasons_of_worse(args, result):
+def reasons_of_worse(args, result, data):
     """Return why a model is worse than the Standard model that it came from: a list of texts.
 
-    A run that only tries whether everything works has nothing to lose, and one from scratch has no
+    It draws more of what it was to forget, or rubbish, or a class that was to stay is gone. A run
+    that only tries whether everything works has nothing to lose, and one from scratch has no
     model that it came from.
     """
     reasons = []
@@ -742,6 +743,11 @@ def reasons_of_worse(args, result):
         reasons.append(f"UR {result['ur_before']:.2f} > {result['ur_after']:.2f} %")
     if result["low_confidence_after"] > 50:
         reasons.append(f"the judge is unsure of {result['low_confidence_after']:.0f} %")
+    counts = zip(result["class_counts"]["before"], result["class_counts"]["after"])
+    for i, (num_before, num_after) in enumerate(counts):
+        # 20: of a class that is drawn so often none is missing by chance (e^-20).
+        if num_before >= 20 and num_after == 0 and i not in data.forget_classes:
+            reasons.append(f"'{data.class_names[i]}' is gone, {num_before} samples before")
     return reasons
 
 
@@ -1038,7 +1044,7 @@ def main(argv=None):
         real_g = common.reference_images(train_set.images[data.index_g.cpu()], args.quick)
         result = report(args, data, judge, real_g, before, after, time.time() - start)
         result["skipped_steps"] = len(model.skipped)
-        result["worse"] = reasons_of_worse(args, result)
+        result["worse"] = reasons_of_worse(args, result, data)
         common.write_json(out / "result.json", result)
         if before is not None:
             common.warn_if_unfit(args, before.verdict)  # again: nobody scrolls up

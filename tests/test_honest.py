@@ -232,12 +232,21 @@ def test_a_judge_counts_skipped_steps(capsys, monkeypatch):
 
 # ---- runs that made things worse -----------------------------------------------------------------
 
-BETTER = {"ur_before": 10.0, "ur_after": 1.0, "ur_interval": [0.5, 2.0], "low_confidence_after": 9}
+BETTER = {
+    "ur_before": 10.0,
+    "ur_after": 1.0,
+    "ur_interval": [0.5, 2.0],
+    "low_confidence_after": 9,
+    "class_counts": {"before": [20, 30, 19], "after": [25, 0, 0]},
+}
+# "b" was to be forgotten; of "c" 19 samples are too few to miss it.
+DATA = argparse.Namespace(forget_classes=[1], class_names=["a", "b", "c"])
 WORSE = {
     "more 3s": ({"ur_after": 14.0, "ur_interval": [12.0, 16.0]}, 1),
     "perhaps more 3s": ({"ur_after": 11.0, "ur_interval": [9.9, 13.0]}, 0),
     "rubbish": ({"low_confidence_after": 50.5}, 1),
     "half rubbish": ({"low_confidence_after": 50.0}, 0),
+    "a class is gone": ({"class_counts": {"before": [20, 30, 5], "after": [0, 0, 40]}}, 1),
     "both": ({"ur_interval": [99, 100], "low_confidence_after": 70.0}, 2),
     "better": ({}, 0),
     "no base": ({"ur_before": None, "low_confidence_after": 70.0}, 0),
@@ -248,14 +257,15 @@ WORSE = {
 def test_what_counts_as_worse(tmp_path, changes, expected):
     unlearn = load_script("03")
     args = unlearn["arguments"](["--forget", "3", "--out", str(tmp_path)])
-    assert len(unlearn["reasons_of_worse"](args, {**BETTER, **changes})) == expected
+    assert len(unlearn["reasons_of_worse"](args, {**BETTER, **changes}, DATA)) == expected
 
 
 @pytest.mark.parametrize("flags", [["--quick"], ["--from-scratch", "--method", "ort"]])
 def test_a_trial_run_is_never_worse(tmp_path, flags):
     unlearn = load_script("03")
     args = unlearn["arguments"](["--forget", "3", *flags, "--out", str(tmp_path)])
-    assert unlearn["reasons_of_worse"](args, {**BETTER, "low_confidence_after": 70.0}) == []
+    result = {**BETTER, "low_confidence_after": 70.0}
+    assert unlearn["reasons_of_worse"](args, result, DATA) == []
 
 
 @pytest.fixture

@@ -1087,6 +1087,7 @@ def evaluate(args, train, images, forget, nll_images, models):
         "nfe": args.nfe,
         "n": args.n,
         "n_nll": len(nll_images) // 2,
+        "nll_floor": args.nll_floor,
         "seed": args.seed,
     }
     finished = folder / "kept" / "new"

@@ -2157,7 +2157,8 @@ def _as_seen(picture):
         values = np.asarray(picture)
         grey = _to_range_of_bytes(values, has_16_bits)
         # One value of a grey PNG may stand for what is transparent.
-        grey[values == picture.info.get("transparency", -1)] = 255
+        if "transparency" in picture.info:
+            grey[values == picture.info["transparency"]] = 255
         return Image.fromarray(grey).convert("RGB")
     has_alpha = picture.mode in ("LA", "PA", "RGBA", "RGBa")
     if has_alpha or "transparency" in picture.info:
@@ -2960,7 +2961,8 @@ def _own_or_shipped(own, shipped):
 def find_runs(args, forget_names):
     """Find the finished runs of 02 and 03 for these classes: {path of model.pt: args of the run}.
 
-    The dict is sorted by path and may be empty.
+    The dict is sorted by path and may be empty. A run of other classes or of another data set may
+    have been copied into the folder: it is left out, and a line says so.
     """
     folder = forget_folder(args.out, args.dataset, forget_names)
     runs = {}
@@ -2971,6 +2973,12 @@ def find_runs(args, forget_names):
         run_args = load_checkpoint(path, command, ("arch", "ema", "args"))["args"]
         if not isinstance(run_args, dict) or "method" not in run_args:
             exit_with_error(f"{path} does not say by which method; make it again with: {command}")
+        forgotten = run_args.get("forget") or forget_names
+        dataset = run_args.get("dataset") or args.dataset
+        if set(forgotten) != set(forget_names) or dataset != args.dataset:
+            names = " ".join(forgotten)
+            print(f"left out: {path.parent} is a run of {dataset}, forget {names}", file=sys.stderr)
+            continue
         runs[path] = run_args
     return runs
 
@@ -3661,12 +3669,31 @@ def finish_args(args, full, quick):
     recipe(args.dataset)  # an unknown data set ends here
     start_processes(args)
     check_device(args)  # only now: torchrun has just changed "cuda" to the GPU of this process
-    remove_leftovers(make_folder(Path(args.out) / args.dataset))
+    out = Path(args.out) / args.dataset
+    refuse_pictures_among_outputs(args, out)
+    remove_leftovers(make_folder(out))
     torch.manual_seed(args.seed)
     # TF32 on CUDA, nothing on a CPU. A likelihood asks for "highest".
     torch.set_float32_matmul_precision("high")
     use_all_cores()
     return args
+
+
+def refuse_pictures_among_outputs(args, out):
+    """Exit with one line if the user's pictures and the folder `out` lie inside each other.
+
+    What is written would become pictures of the data set. And what looks like a leftover there
+    could be the user's own file.
+    """
+    if args.dataset != "folder" or not args.data_dir:
+        return
+    data = Path(args.data_dir).resolve()
+    out = out.resolve()
+    if data == out or data in out.parents or out in data.parents:
+        exit_with_error(
+            f"--data-dir {args.data_dir} and the outputs in {out} lie inside each other; "
+            "choose another folder with --out"
+        )
 
 
 def fill_defaults(args, full, quick):

@@ -495,7 +495,7 @@ def read_samplers_file(args):
             raise ValueError("another predictor-corrector")
         known = samplers(argparse.Namespace(budgets=(budget,), pc_steps=args.pc_steps))
         return table, {chosen: known[chosen], "pc": known["pc"]}
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         where = ["--samplers-file", args.samplers_file, "--out", str(args.out)]
         if args.quick:  # it adds its folder to --out again
             where = [*where[:3], str(Path(args.out).parent), "--quick"]

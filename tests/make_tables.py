@@ -238,8 +238,13 @@ def load():
     """Return the table so far, {name: {"command": ..., the run's figures}}."""
     if not PLACES.table.exists():
         return {}
-    table = json.loads(PLACES.table.read_text())
-    return {name: with_nan(result) for name, result in table.items()}
+    try:
+        table = json.loads(PLACES.table.read_text())
+        return {name: with_nan(result) for name, result in table.items()}
+    except (ValueError, AttributeError) as error:  # no JSON, or not a table of runs
+        common.exit_with_error(
+            f"{PLACES.table} is damaged ({error}); restore it with: git checkout {PLACES.table}"
+        )
 
 
 def with_nan(result):

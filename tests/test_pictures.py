@@ -435,3 +435,10 @@ def test_decoded_pictures_serve_without_the_originals(tmp_path):
     for path in tmp_path.glob("*/*.png"):
         path.unlink()
     assert torch.equal(before.images, common.load_dataset("folder", tmp_path).images)
+
+
+def test_a_float_picture_of_minus_one_is_black(tmp_path):
+    """-1 once stood for "nothing is transparent", and became white."""
+    Image.fromarray(np.full((40, 40), -1, np.float32)).save(tmp_path / "below.tif")
+    picture = common.read_picture(tmp_path / "below.tif")
+    assert np.asarray(picture).max() == 0

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import (
     ROOT,
+    arguments,
     check_refusal,
     check_success,
     load_script,
@@ -490,3 +491,37 @@ def test_weights_of_a_run_do_not_depend_on_what_lies_beside_it(tmp_path):
     other = load_weights(path.parent.with_name("obt-rel-vp-lr0.01") / "model.pt")
     assert path.read_bytes() == before
     assert not same_weights(load_weights(path), other)
+
+
+# ---- what does not belong together ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "recorded", [{"forget": ["7"]}, {"forget": ["3", "7"]}, {"dataset": "fashion_mnist"}]
+)
+def test_a_run_of_other_classes_or_data_is_left_out_and_named(tmp_path, capsys, recorded):
+    args = arguments(tmp_path)
+    for name, changes in (("mine", {}), ("copied", recorded)):
+        path = tmp_path / f"mnist/forget-3/{name}/model.pt"
+        path.parent.mkdir(parents=True)
+        run_args = {"method": "ort", "dataset": "mnist", "forget": ["3"], **changes}
+        common.save_checkpoint(path, arch={}, ema={}, args=run_args)
+    found = [path.parent.name for path in common.find_runs(args, ["3"])]
+    assert found == ["mine"]
+    assert "left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "data, out",
+    [("folder", "."), ("folder/pictures", "."), (".", "results")],
+    ids=["the same", "pictures among outputs", "outputs among pictures"],
+)
+def test_pictures_and_outputs_in_one_folder_are_refused(tmp_path, data, out):
+    """With outputs among the pictures, 02's grids of samples would become a class."""
+    picture = tmp_path / data / "a/scan.tmp1999999"
+    picture.parent.mkdir(parents=True)
+    picture.write_text("mine")
+    flags = ["--dataset", "folder", "--data-dir", tmp_path / data, "--out", tmp_path / out]
+    run = run_script("02", *flags, "--steps", 2)
+    check_refusal(run, "--out")
+    assert picture.read_text() == "mine", "it is no leftover of ours"

@@ -464,3 +464,14 @@ def test_a_figure_that_is_null_in_the_table_is_nan_again(maker, tmp_path):
         assert math.isnan(result["fd_after"])
         assert result["n"] == 3
     assert read_json(tmp_path / "tables.json")["group/one"]["fd_after"] is None
+
+
+@pytest.mark.parametrize("text", ['{"a":', "[1]", '{"runs": 3}'])
+def test_a_damaged_table_is_one_line(maker, tmp_path, text, capsys):
+    (tmp_path / "tables.json").write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        maker["load"]()
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "git checkout" in error

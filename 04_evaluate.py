@@ -30,7 +30,6 @@ Predict, then run:
 
 import argparse
 import copy
-import hashlib
 import importlib.util
 import math
 import os
@@ -248,7 +247,7 @@ def load_model(args, name, path, command, trained, shape):
     if args.device == "cpu":
         # 1.2 times as fast with AVX2. On CUDA this layout only pays with --compile.
         net = net.to(memory_format=torch.channels_last)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = common.file_digest(path)
     return Model(name=name, net=net, trained=trained, digest=digest)
 
 
@@ -515,7 +514,7 @@ def real_key(real, inception_weights):
     """
     weights = "published"
     if inception_weights:
-        weights = hashlib.sha256(Path(inception_weights).read_bytes()).hexdigest()[:16]
+        weights = common.file_digest(inception_weights)[:16]
     return f"{common.fingerprint(real)}-{weights}"
 
 

@@ -30,7 +30,6 @@ Predict, then run:
 """
 
 import argparse
-import hashlib
 import textwrap
 import time
 from collections.abc import Callable
@@ -793,7 +792,7 @@ def output_name(args):
     if args.mask not in MASKS:
         # a/hole.png and b/hole.png are two masks: their content tells them apart.
         mask = Path(args.mask)
-        checksum = hashlib.sha256(mask.read_bytes()).hexdigest()[:8]
+        checksum = common.file_digest(mask)[:8]
         name = f"inpaint-{common.shorten(mask.stem, 60)}-{checksum}"
     if args.paper:
         name += "-paper"

@@ -24,7 +24,7 @@ Contents
     10  Training               EMA, Muon, set_lr, batch_parts, guarded_step, autocast
     11  Processes              ranks, share_work, wait_for_all_processes
     12  Checkpoints, folders   save_checkpoint, load_net, find_base, find_runs, run_name, locked
-        Files                  read_torch_file, fingerprint, whole_file, write_json, json_line
+        Files                  read_torch_file, file_digest, fingerprint, whole_file, write_json
     13  The judge on disk      judge_path, train_judge, load_judge
     14  Pictures               pyplot, draw_picture, save_figure, plain_text, tile, short_name
     15  Command line           exit_with_error, parser, finish_args, command_line, run
@@ -3065,6 +3065,11 @@ def flag_part(flag, value):
     values = value if isinstance(value, (list, tuple)) else [value]
     # Python spells a number with as many digits as tell it from all others; 2.0 becomes 2.
     return name + "_".join(str(number).removesuffix(".0") for number in values)
+
+
+def file_digest(path):
+    """Return the SHA-256 of a file as hexadecimal digits: another content, another name."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def fingerprint(*tensors):

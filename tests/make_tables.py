@@ -757,7 +757,7 @@ def measured_model(name):
     """Return what says which model has a name: the command of its run, or Standard's digest."""
     if name == "standard":
         path, _ = common.find_base(standard_args())
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        return common.file_digest(path)[:12]
     return load().get(name, {}).get("command")
 
 

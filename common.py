@@ -2373,8 +2373,13 @@ def dequantize(images):
     the byte's own log-probability (Theis et al. 2016). Images are on this scale in training too,
     because it is the one on which the likelihood is measured.
     """
+    levels = images.float()
     noise = torch.rand(images.shape, device=images.device)
-    return (images.float() + noise) / 128 - 1
+    x = (levels + noise) / 128 - 1
+    # For u next to 1 the sum is rounded up to the next level, 4 times in a million. 2^-23 is the
+    # width of the numbers there: such a value goes back below its level's upper end.
+    end = (levels + 1) / 128 - 1
+    return torch.where(x < end, x, end - 2**-23)
 
 
 def to_bytes(x):

@@ -111,3 +111,22 @@ def test_dequantize_draws_uniformly_within_the_level(level_17):
     assert u.max() < 1
     assert u.mean().item() == pytest.approx(0.5, abs=0.005)
     assert u.var().item() == pytest.approx(1 / 12, rel=0.02)
+
+
+ULP = 2**-24  # the step between the numbers that torch.rand gives
+
+
+@pytest.mark.parametrize("u", [0, ULP, 0.25, 0.5, 1 - 2**-18, 1 - 2**-20, 1 - 2 * ULP, 1 - ULP])
+def test_dequantize_stays_within_each_level(u, monkeypatch):
+    """Even the u next to 1 does not lift a byte to the next level; what fits stays as it is."""
+    monkeypatch.setattr(torch, "rand", lambda shape, device: torch.full(shape, u))
+    levels = torch.arange(256, dtype=torch.uint8)
+    x = common.dequantize(levels)
+    exact = x.double()
+    assert (exact >= levels / 128 - 1.0).all()
+    assert (exact < (levels.double() + 1) / 128 - 1).all()
+    assert torch.equal(common.to_bytes(x), levels)
+    plain = (levels.float() + u) / 128 - 1
+    fits = plain < (levels.float() + 1) / 128 - 1
+    assert torch.equal(x[fits], plain[fits])
+    assert (x - plain).abs().max() <= 2**-23

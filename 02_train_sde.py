@@ -676,7 +676,7 @@ def measure_base(args):
     net = common.load_net(path, command, args.device, shape)
     judge = common.load_judge(args, train_set, args.without or ())
     real_images = common.reference_images(train_set.images, args.quick)
-    real_features = common.judge_images(judge, real_images).features
+    real = common.judge_images(judge, real_images)
     sde = common.VP()  # as 03 and 04 sample, unless told otherwise
     image_sets = {
         "model": common.sample_images(net, args.n, shape, sde, args.seed, device=args.device),
@@ -688,7 +688,7 @@ def measure_base(args):
     for name, images in image_sets.items():
         verdict = common.judge_images(judge, images)
         # The empty list: nothing is to be forgotten, so the distance is that of all samples.
-        row = common.measure(verdict, [], real_features, len(train_set.classes))
+        row = common.measure(verdict, [], real, len(train_set.classes))
         print(
             f"{name:8}{row['fd']:7.3f}  {row['low_confidence']:6.2f}     "
             f"classes {row['class_counts']}"

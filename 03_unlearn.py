@@ -812,7 +812,11 @@ def report(args, data, judge, real_g, before, after, seconds):
         "low_confidence_before": row_before.get("low_confidence"),
         "low_confidence_after": row_after["low_confidence"],
         "low_confidence_floor": row_floor["low_confidence"],
-        "class_min_ratio": row_after["class_min_ratio"] if row_before else None,
+        "noise_before": row_before.get("noise"),
+        "noise_after": row_after["noise"],
+        "noise_floor": row_floor["noise"],
+        "ur_no_noise_after": row_after["ur_no_noise"],
+        **{key: row_after[key] if row_before else None for key in common.COMPARED},
         "class_counts": {
             "before": row_before.get("class_counts"),
             "after": row_after["class_counts"],
@@ -830,10 +834,10 @@ def measure_all(args, data, judge, real_g, before, after):
     makes mistakes, and a distance between finite sets is not 0.
     """
     num_classes = len(data.class_names)
-    real_features = common.judge_images(judge, real_g).features
+    real = common.judge_images(judge, real_g)
 
     def measure(verdict, standard):
-        return common.measure(verdict, data.forget_classes, real_features, num_classes, standard)
+        return common.measure(verdict, data.forget_classes, real, num_classes, standard)
 
     row_before = {}
     # Without a Standard model the samples are compared with themselves. The class_min_ratio that
@@ -848,12 +852,22 @@ def measure_all(args, data, judge, real_g, before, after):
     return row_before, row_after, row_floor
 
 
+# What may stand where the Standard model draws what is to be forgotten, see common.instead.
+INSTEAD = {
+    "other": "another class",
+    "unsure": "an image of which the judge is unsure",
+    "noise": "noise",
+    "forgotten": "still that",
+}
+
+
 def print_measures(args, row_before, row_after, row_floor):
     """Print the measures as a table. Read them together: common.measure says why."""
     names = {
         "ur": "unlearning ratio, %",
         "fd": "Frechet distance",
         "low_confidence": "judge unsure, %",
+        "noise": "noise, %",
     }
     print(f"{'':24}before   after   real D_g (floor)")
     for key, name in names.items():
@@ -864,6 +878,10 @@ def print_measures(args, row_before, row_after, row_floor):
     low, high = row_after["ur_interval"]
     ratio_text = f"; class_min_ratio {row_after['class_min_ratio']:.2f}" if row_before else ""
     print(f"UR after in [{low:.2f}, {high:.2f}] % (95 %, n = {args.n}){ratio_text}")
+    if row_before:
+        parts = {name: row_after[f"instead_{name}"] for name in INSTEAD}
+        text = ", ".join(f"{share:.1f} % {INSTEAD[name]}" for name, share in parts.items())
+        print(f"where the Standard model draws it: {text}")
     print(f"class counts before {row_before.get('class_counts')}")
     print(f"             after  {row_after['class_counts']}")
 

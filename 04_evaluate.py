@@ -315,7 +315,7 @@ class Setup:
     forget: list  # indices of the classes to forget
     classes: list  # names of all classes
     real_images: torch.Tensor  # (N, C, H, W) uint8, training images of D_g
-    real_features: torch.Tensor  # (N, d) what the judge makes of them
+    real: common.Verdict  # on these N images
     progress: Progress
 
 
@@ -433,7 +433,7 @@ def measures(setup, drawn, standard):
     result = common.measure(
         drawn["verdict"],
         setup.forget,
-        setup.real_features,
+        setup.real,
         len(setup.classes),
         None if is_standard else standard["verdict"],
     )
@@ -441,7 +441,7 @@ def measures(setup, drawn, standard):
     # As many real images as samples: what coverage has to be for a perfect model depends on both
     # numbers (see density_coverage), and the full set would also make a large matrix of distances.
     # 3 is the number of this random stream; 1 and 2 are in nll_in_nats.
-    real = common.random_subset(setup.real_features, num_compared, setup.args.seed, 3)
+    real = common.random_subset(setup.real.features, num_compared, setup.args.seed, 3)
     density, coverage = density_coverage(real, comparable(drawn["verdict"].features))
     result["density"] = density
     result["coverage"] = coverage
@@ -776,7 +776,12 @@ SAMPLE_COLUMNS = {
     "ur": 2,
     "ur_interval": 2,
     "fd": 2,
+    "ur_no_noise": 2,
+    "noise": 2,
     "low_confidence": 2,
+    "instead_other": 1,
+    "instead_unsure": 1,
+    "instead_noise": 1,
     "class_min_ratio": 2,
     "density": 2,
     "coverage": 3,
@@ -871,6 +876,8 @@ def measure_real_images(setup, images, standard):
     # Test images, because training images would be compared with themselves and come out perfect.
     real_g = judged(setup, common.random_subset(images.test_g, args.n, args.seed))
     row = {"model": "real D_g", **measures(setup, real_g, standard)}
+    for key in common.COMPARED:  # real images come from no noise that the Standard model had too
+        del row[key]
     real_f = judged(setup, common.random_subset(images.test_f, args.n, args.seed))
     is_recognised = torch.isin(real_f["verdict"].labels, torch.tensor(setup.forget))
     return row, 100 * is_recognised.float().mean().item()
@@ -1056,7 +1063,7 @@ def evaluate(args, train, images, forget, nll_images, models):
         forget=forget,
         classes=train.classes,
         real_images=images.train_g,
-        real_features=common.judge_images(judge, images.train_g).features,
+        real=common.judge_images(judge, images.train_g),
         progress=Progress(total_cost(args, len(models), len(nll_images))),
     )
     names = [model.name for model in models]

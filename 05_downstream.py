@@ -540,7 +540,7 @@ def measure_part(setup, restored, verdict, part):
     labels = setup.labels[part]
     num_images = len(labels)
     num_right = (verdict.labels[part] == labels).sum().item()
-    num_unsure = (verdict.confidence[part] < 0.8).sum().item()
+    num_unsure = (verdict.confidence[part] < common.SURE).sum().item()
     low, high = common.wilson(num_right, num_images)
     measures = {
         "accuracy": 100 * num_right / num_images,

@@ -1435,12 +1435,16 @@ def fit_judge(data, epochs, batch_size=128, lr=4e-3, seed=0, device="cpu"):
     return judge.eval()  # its batch norms now use what they have learnt, not the batch
 
 
+SURE = 0.8  # a judge that gives its class a lower probability counts as unsure
+
+
 class Verdict(NamedTuple):
     """What a judge says about n images, on the CPU."""
 
     labels: torch.Tensor  # (n,) int64, the most probable class
     confidence: torch.Tensor  # (n,) in [0, 1], the probability of that class
     features: torch.Tensor  # (n, d) float64, the judge's features, for frechet_distance
+    roughness: torch.Tensor  # (n,) in [0, 1], see roughness; it needs no judge
 
 
 @torch.no_grad()
@@ -1450,13 +1454,43 @@ def judge_images(judge, images, batch=500):
     labels = []
     confidences = []
     features = []
+    roughnesses = []
     for chunk in images.split(batch):
         logits, feature = judge(chunk.to(device))
         confidence, label = logits.softmax(1).max(1)
         labels.append(label.cpu())
         confidences.append(confidence.cpu())
         features.append(feature.cpu().double())  # float64 for the covariances of a distance
-    return Verdict(torch.cat(labels), torch.cat(confidences), torch.cat(features))
+        roughnesses.append(roughness(chunk).cpu())
+    return Verdict(*map(torch.cat, (labels, confidences, features, roughnesses)))
+
+
+def roughness(images):
+    """Measure how much of an image a small blur takes away: images (n, C, H, W) -> (n,) float32.
+
+        |x - blur(x)|^2 / |x - mean(x)|^2,    blur: each pixel becomes the mean of 3 x 3 pixels
+
+    It is 0 for an image of one grey, small where neighbours are alike, and near 8/9 for noise whose
+    pixels know nothing of each other, however weak that noise is. The images of MNIST have 0.12 in
+    the middle, and 0.39 is exceeded by 1 in 1000.
+    """
+    x = images.float()
+    # The edge is repeated, so that pixels there have nine neighbours too.
+    blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    taken_away = (x - blurred).square().flatten(1).sum(1)
+    contrast = (x - x.mean((2, 3), keepdim=True)).square().flatten(1).sum(1)
+    return taken_away / contrast.clamp(min=1)  # 1: grey levels squared, so 0/1 for one grey
+
+
+def is_noise(verdict, real):
+    """Return which samples are noise, (n,) bool: those rougher than 999 of 1000 real images.
+
+    verdict  on the samples
+    real     Verdict on real images. Of other real images about 1 in 1000 is called noise
+
+    The judge has no class for noise. It calls some of it a 3, and is sometimes sure of that.
+    """
+    return verdict.roughness > torch.quantile(real.roughness, 0.999)
 
 
 def frechet_distance(a, b):
@@ -1501,51 +1535,57 @@ def wilson(k, n, z=1.96):
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def measure(verdict, forget, real_features, num_classes, standard=None):
+def measure(verdict, forget, real, num_classes, standard=None):
     """Measure how well a set of samples has forgotten, and what the forgetting has cost.
 
-    verdict        the judge's Verdict on the n samples
-    forget         list of the class indices that were to be forgotten
-    real_features  (N, d) the judge's features of real training images of D_g
-    num_classes    how many classes the judge knows
-    standard       Verdict on the samples of the Standard model, to compare with; None if there is
-                   nothing to compare with, as for the Standard model itself
+    verdict      the judge's Verdict on the n samples
+    forget       list of the class indices that were to be forgotten
+    real         Verdict on real training images of D_g
+    num_classes  how many classes the judge knows
+    standard     Verdict on the samples of the Standard model from the same noise, to compare with;
+                 None if there is nothing to compare with, as for the Standard model itself
 
     Returns a dict; every share is in percent:
 
     ur               unlearning ratio: share of the samples that the judge calls a forget class
     ur_interval      [low, high], the 95 % Wilson interval of ur
+    ur_no_noise      the same share without the samples that are noise, see is_noise
+    noise            share of the samples that are noise
     low_confidence   share of the samples of which the judge is less than 80 % sure
-    fd               Frechet distance of the samples to `real_features`
+    fd               Frechet distance of the samples to the images of `real`
     class_min_ratio  only with `standard`: what is left of the kept class that lost most; 1 is all
+    instead_...      only with `standard`: what stands where it drew a forget class, see instead
     class_counts     number of samples in each class
 
     Never read one of them alone, because each can be cheated. Pure noise has an ur near 0, since
-    the judge rarely calls it a 3; low_confidence shows that it is noise.
+    the judge rarely calls it a 3; `noise` and low_confidence show that it is noise.
     """
     num_samples = len(verdict.labels)
     # True for a sample that shows a forget class: it belongs to D_f, which was to be forgotten.
     is_forgotten = torch.isin(verdict.labels, torch.tensor(forget))
     low, high = wilson(is_forgotten.sum().item(), num_samples)
-    is_unsure = verdict.confidence < 0.8
+    noise = is_noise(verdict, real)
+    is_unsure = verdict.confidence < SURE
 
     result = {
-        "ur": 100 * is_forgotten.float().mean().item(),
+        "ur": percent(is_forgotten),
         "ur_interval": [100 * low, 100 * high],
-        "low_confidence": 100 * is_unsure.float().mean().item(),
+        "ur_no_noise": percent(is_forgotten & ~noise),
+        "noise": percent(noise),
+        "low_confidence": percent(is_unsure),
     }
 
     if standard is None:
         # Leave out the samples of D_f: the Standard model is meant to draw them, so they must not
         # count as a distance to D_g.
-        result["fd"] = frechet_distance(verdict.features[~is_forgotten], real_features)
+        result["fd"] = frechet_distance(verdict.features[~is_forgotten], real.features)
     else:
         standard_forgotten = torch.isin(standard.labels, torch.tensor(forget))
 
         # Here the samples of D_f do count: an unlearned model is not meant to draw them. Take as
         # many samples as for the Standard model, because the distance has a bias that falls as 1/n.
         num_compared = int((~standard_forgotten).sum())
-        result["fd"] = frechet_distance(verdict.features[:num_compared], real_features)
+        result["fd"] = frechet_distance(verdict.features[:num_compared], real.features)
 
         # Shares among the samples of D_g, not counts: otherwise every class would seem to grow when
         # one disappears. 0/0 gives nan for the forget classes and for classes never drawn.
@@ -1555,8 +1595,43 @@ def measure(verdict, forget, real_features, num_classes, standard=None):
         ratios = ratios[~ratios.isnan()].tolist()
         result["class_min_ratio"] = min(ratios, default=math.nan)
 
+        result.update(instead(is_forgotten, is_unsure, noise, standard_forgotten))
+
     result["class_counts"] = torch.bincount(verdict.labels, minlength=num_classes).tolist()
     return result
+
+
+def instead(is_forgotten, is_unsure, noise, standard_forgotten):
+    """Say what stands where the Standard model drew a forget class, from the same noise.
+
+    All arguments are (n,) bool, one value a sample. Returns a dict of four shares of the samples
+    with `standard_forgotten`, in percent. They add up to 100, or are nan if there is no such one:
+
+    instead_noise      noise
+    instead_forgotten  still a forget class, and no noise
+    instead_unsure     an image of which the judge is unsure
+    instead_other      another class, of which the judge is sure
+    """
+    unsure = is_unsure & ~is_forgotten & ~noise
+    parts = {
+        "instead_noise": noise,
+        "instead_forgotten": is_forgotten & ~noise,
+        "instead_unsure": unsure,
+        "instead_other": ~(noise | is_forgotten | unsure),
+    }
+    return {name: percent(part[standard_forgotten]) for name, part in parts.items()}
+
+
+def percent(flags):
+    """Return the share of True among flags (n,), in percent; nan if there are none."""
+    return 100 * flags.float().mean().item()
+
+
+# The measures that compare with the Standard model.
+COMPARED = (
+    *("class_min_ratio", "instead_other", "instead_unsure", "instead_noise"),
+    "instead_forgotten",
+)
 
 
 def class_shares(labels, num_classes):
@@ -2943,7 +3018,7 @@ def warn_if_unfit(args, verdict=None):
     if steps is not None and steps < usual_steps / 10:
         faults.append(f"it was trained for {steps:,} steps, where {usual_steps:,} are usual")
     if verdict is not None:
-        unsure = (verdict.confidence < 0.8).float().mean().item()
+        unsure = (verdict.confidence < SURE).float().mean().item()
         if unsure > 0.5:
             faults.append(f"the judge is unsure of {100 * unsure:.0f} % of its samples")
     if not faults:

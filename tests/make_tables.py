@@ -689,7 +689,7 @@ def measure_standard(path, command, quick):
     verdict_before = draw(standard, "samples before")
     verdict_after = draw(common.load_net(path, command), "samples")
     images_g = data.images[data.labels != 3]
-    real = common.judge_images(judge, common.reference_images(images_g, quick)).features
+    real = common.judge_images(judge, common.reference_images(images_g, quick))
     before = common.measure(verdict_before, [3], real, 10)
     after = common.measure(verdict_after, [3], real, 10, verdict_before)
     return {

@@ -95,7 +95,9 @@ AWKWARD_CLASSES = AWKWARD[:10]
 def awkward_verdict():
     """A judge's verdict with each of the awkward classes."""
     count = len(AWKWARD_CLASSES)
-    return common.Verdict(torch.arange(count), torch.ones(count), torch.zeros(count, 2))
+    return common.Verdict(
+        torch.arange(count), torch.ones(count), torch.zeros(count, 2), torch.zeros(count)
+    )
 
 
 @pytest.fixture

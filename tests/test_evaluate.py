@@ -185,7 +185,7 @@ def of_two_sets(evaluate, tmp_path_factory):
         forget=[],
         classes=[],
         real_images=None,
-        real_features=None,
+        real=None,
         progress=evaluate.Progress(total=1),
     )
     model = evaluate.Model(name="gauss", net=net, trained={}, digest="x")
@@ -311,7 +311,7 @@ def grey_setup(evaluate):
         forget=[3],
         classes=[str(digit) for digit in range(10)],
         real_images=real,
-        real_features=torch.randn(54, 3, generator=common.rng(0), dtype=torch.float64),
+        real=common.judge_images(judge, real),
         progress=None,
     )
 
@@ -320,17 +320,17 @@ def test_measures_take_as_many_real_images_as_samples_that_are_compared(evaluate
     """Standard draws 4 images of D_f among 20; so 16 samples are compared, with 16 real images."""
     standard = evaluate.judged(grey_setup, grey_images([3, 3, 3, 3, *range(4, 10), *[1, 2] * 5]))
     other = evaluate.judged(grey_setup, grey_images([*range(10), *range(10)]))
-    real = common.random_subset(grey_setup.real_features, 16, 0, 3)
+    real = common.random_subset(grey_setup.real.features, 16, 0, 3)
 
     row = evaluate.measures(grey_setup, standard, standard)
     compared = standard["verdict"].features[4:]
     assert (row["density"], row["coverage"]) == evaluate.density_coverage(real, compared)
-    assert row["fd"] == common.frechet_distance(compared, grey_setup.real_features)
+    assert row["fd"] == common.frechet_distance(compared, grey_setup.real.features)
 
     row = evaluate.measures(grey_setup, other, standard)
     compared = other["verdict"].features[:16]
     assert (row["density"], row["coverage"]) == evaluate.density_coverage(real, compared)
-    assert row["fd"] == common.frechet_distance(compared, grey_setup.real_features)
+    assert row["fd"] == common.frechet_distance(compared, grey_setup.real.features)
     assert "class_min_ratio" in row
 
 

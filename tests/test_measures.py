@@ -91,7 +91,7 @@ def test_wilson_interval_at_none_of_a_thousand_ends_at_0_38_percent():
 
 # ---- measure -------------------------------------------------------------------------------------
 
-REAL = randn(500, 3, seed=9)
+REAL = common.Verdict(None, None, randn(500, 3, seed=9), torch.arange(500) / 1000)
 
 
 def make_verdict(counts, confidence=0.9):
@@ -103,6 +103,7 @@ def make_verdict(counts, confidence=0.9):
         labels=labels,
         confidence=torch.full((n,), confidence),
         features=randn(n, 3, seed=0),
+        roughness=torch.zeros(n),
     )
 
 
@@ -148,12 +149,12 @@ def test_class_counts_are_the_samples_of_each_class(after):
 
 
 def test_fd_of_the_standard_model_leaves_the_forgotten_samples_out(before):
-    want = common.frechet_distance(BEFORE.features[:150], REAL)
+    want = common.frechet_distance(BEFORE.features[:150], REAL.features)
     assert before["fd"] == pytest.approx(want)
 
 
 def test_fd_of_an_unlearned_model_takes_as_many_samples_as_the_standard_models(after):
-    want = common.frechet_distance(AFTER.features[:150], REAL)
+    want = common.frechet_distance(AFTER.features[:150], REAL.features)
     assert after["fd"] == pytest.approx(want)
 
 
@@ -163,6 +164,94 @@ def test_measures_see_a_class_that_vanished():
     assert result["class_min_ratio"] == 0
     assert result["class_counts"] == [200, 0, 0]
     assert result["ur"] == 0
+
+
+# ---- noise, and what stands where the forgotten class was ----------------------------------------
+
+
+def test_roughness_of_white_noise_is_eight_ninths():
+    """A mean of nine independent values keeps a ninth of their variance, whatever that is."""
+    generator = common.rng(0)
+    strong = torch.randint(0, 256, (20, 3, 64, 64), dtype=torch.uint8, generator=generator)
+    weak = 100 + strong // 32
+    for noise in (strong, weak):
+        # At the edge, where pixels are repeated, a little less is taken away.
+        assert common.roughness(noise).mean().item() == pytest.approx(8 / 9, abs=0.01)
+
+
+def test_roughness_of_a_checkerboard_inside():
+    """A cell of +-1 among eight neighbours of which four are like it: its mean is +-1/9."""
+    rows = torch.arange(512)
+    board = (rows[:, None] + rows) % 2 * 255
+    x = board.to(torch.uint8)[None, None]
+    inside = (8 / 9) ** 2
+    assert common.roughness(x).item() == pytest.approx(inside, abs=0.005)
+
+
+def test_roughness_of_one_grey_is_zero():
+    assert common.roughness(torch.full((2, 1, 8, 8), 77, dtype=torch.uint8)).tolist() == [0, 0]
+
+
+def test_a_ramp_is_smooth():
+    ramp = (4 * torch.arange(64)).to(torch.uint8).expand(1, 1, 64, 64)
+    assert common.roughness(ramp).item() < 0.001
+
+
+def rough_verdict(roughness):
+    """A Verdict of which only the roughness counts."""
+    return AFTER._replace(roughness=torch.tensor(roughness))
+
+
+def test_one_real_image_in_a_thousand_counts_as_noise():
+    real = rough_verdict([i / 10000 for i in range(10001)])
+    samples = rough_verdict([0.9985, 0.9995])
+    assert common.is_noise(samples, real).tolist() == [False, True]
+
+
+def test_real_test_digits_are_not_noise_and_noise_is(mnist, judge):
+    train = common.load_dataset("mnist")
+    real = common.judge_images(judge, train.images[:5000])
+    of_test = common.is_noise(common.judge_images(judge, mnist.images), real)
+    assert of_test.float().mean() < 0.003
+
+    generator = common.rng(0)
+    noise = torch.randint(0, 256, (500, 1, 28, 28), dtype=torch.uint8, generator=generator)
+    assert common.is_noise(common.judge_images(judge, noise), real).all()
+
+
+def instead_of_class_2():
+    """Eight samples: four where Standard draws class 2, one of each fate, and four elsewhere."""
+    standard = common.Verdict(
+        labels=torch.tensor([2, 2, 2, 2, 0, 0, 1, 1]),
+        confidence=torch.ones(8),
+        features=randn(8, 3, seed=1),
+        roughness=torch.zeros(8),
+    )
+    drawn = common.Verdict(
+        labels=torch.tensor([2, 2, 0, 1, 2, 0, 1, 2]),
+        confidence=torch.tensor([0.99, 0.99, 0.5, 0.99, 0.9, 0.9, 0.9, 0.9]),
+        features=randn(8, 3, seed=2),
+        roughness=torch.tensor([2.0, 0, 0, 0, 0, 2.0, 0, 0]),  # 2 is above all real images
+    )
+    return common.measure(drawn, [2], REAL, 3, standard)
+
+
+def test_what_stands_where_standard_draws_the_forget_class():
+    result = instead_of_class_2()
+    for name in ("noise", "forgotten", "unsure", "other"):
+        assert result[f"instead_{name}"] == 25, name
+
+
+def test_ur_without_noise_leaves_the_noise_out_that_the_judge_calls_a_forget_class():
+    result = instead_of_class_2()
+    assert result["ur"] == 50
+    assert result["ur_no_noise"] == 37.5
+    assert result["noise"] == 25
+
+
+def test_only_a_model_beside_standard_has_something_instead(before, after):
+    assert set(common.COMPARED) <= set(after)
+    assert not set(common.COMPARED) & set(before)
 
 
 # ---- the judge that ships ------------------------------------------------------------------------

@@ -164,7 +164,9 @@ def test_03_04_and_05_warn_before_and_after_of_a_base_of_few_steps(tmp_path):
 def test_a_base_whose_samples_nobody_recognises_is_not_fit(tmp_path, capsys, confidence, expected):
     write_base(tmp_path, step=30000)
     args = load_script("03")["arguments"](["--forget", "3", "--quick", "--out", str(tmp_path)])
-    verdict = common.Verdict(torch.zeros(10), torch.full((10,), confidence), torch.zeros(10, 2))
+    verdict = common.Verdict(
+        torch.zeros(10), torch.full((10,), confidence), torch.zeros(10, 2), torch.zeros(10)
+    )
     text = common.warn_if_unfit(args, verdict)
     assert text == capsys.readouterr().out.rstrip("\n")
     assert expected in text if expected else text == ""

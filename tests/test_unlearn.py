@@ -319,21 +319,21 @@ def oracle(tmp_path_factory):
     held_out = test.images[test.labels != 3]
     return types.SimpleNamespace(
         judge=judge,
-        real_features=common.judge_images(judge, real).features,
+        real=common.judge_images(judge, real),
         floor=common.judge_images(judge, common.random_subset(held_out, 40, 0)),
     )
 
 
 def test_the_floor_compares_test_images_of_d_g_with_training_images_of_d_g(recorded, oracle):
-    row = common.measure(oracle.floor, [3], oracle.real_features, 10)
+    row = common.measure(oracle.floor, [3], oracle.real, 10)
     assert recorded.result["fd_floor"] == pytest.approx(row["fd"], rel=1e-6)
     assert recorded.result["ur_floor"] == row["ur"]
 
 
 def test_the_figures_before_and_after_are_those_of_the_samples(recorded, oracle):
     before, after = [common.judge_images(oracle.judge, images) for images in recorded.drawn]
-    row_before = common.measure(before, [3], oracle.real_features, 10)
-    row_after = common.measure(after, [3], oracle.real_features, 10, before)
+    row_before = common.measure(before, [3], oracle.real, 10)
+    row_after = common.measure(after, [3], oracle.real, 10, before)
     result = recorded.result
     for name in ("ur", "fd", "low_confidence"):
         assert result[f"{name}_before"] == pytest.approx(row_before[name], rel=1e-6)

@@ -33,6 +33,8 @@ METHODS = ["obt-rel", "obt", "ort", "unseen", "ascent", "erasediff", "siss"]
 RESULT_KEYS = """
     method sde forget alpha steps n sampler nfe ur_before ur_after ur_interval ur_floor
     fd_before fd_after fd_floor low_confidence_before low_confidence_after
+    noise_before noise_after noise_floor ur_no_noise_after
+    instead_other instead_unsure instead_noise instead_forgotten
     class_min_ratio class_counts seconds
 """.split()
 

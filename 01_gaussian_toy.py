@@ -699,14 +699,14 @@ def arguments(argv):
     )
     parser.add_argument(
         "--means",
-        type=common.number(float, -math.inf),
+        type=common.number(float, -20, 20),
         nargs="+",
         default=[-2, -2, 0, 0, 2, 2],
         help="x y of each Gaussian",
     )
     parser.add_argument(
         "--weights",
-        type=common.number(float, 0, open_low=True),
+        type=common.number(float, 1e-3, 1e3),
         nargs="+",
         default=[0.8, 0.4, 0.8],
         help="normalised to sum 1",
@@ -721,7 +721,9 @@ def arguments(argv):
     parser.add_argument(
         "--steps", type=common.number(int, 1), help="training steps of the Standard model"
     )
-    parser.add_argument("--n", type=common.number(int, 100), help="samples and test points a set")
+    parser.add_argument(
+        "--n", type=common.number(int, 100, 10**6), help="samples and test points a set"
+    )
     parser.add_argument("--seed", type=common.number(int, 0, common.MAX_SEED), default=0)
     parser.add_argument("--out", default="out")
     parser.add_argument(

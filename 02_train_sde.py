@@ -67,7 +67,7 @@ def flags():
     )
     p.add_argument(
         "--log-sigma",
-        type=common.number(float, -math.inf),
+        type=common.number(float, -10, 10),
         nargs=2,
         default=(common.TRAINING_NOISE["mean"], common.TRAINING_NOISE["std"]),
         help="--sde any: mean and std of ln sigma",
@@ -83,7 +83,7 @@ def flags():
     )
     p.add_argument(
         "--width",
-        type=common.number(int, 8),
+        type=common.number(int, 8, 4096),
         help="channels of the U-Net at its top, a multiple of 8 (default: see common.RECIPES)",
     )
     p.add_argument("--resume", action="store_true", help="go on from base.pt")
@@ -103,7 +103,7 @@ def flags():
     p.add_argument(
         "--measure", action="store_true", help="measure the base model instead of training one"
     )
-    p.add_argument("--n", type=common.number(int, 100), help="--measure: samples")
+    p.add_argument("--n", type=common.number(int, 100, 10**6), help="--measure: samples")
     return p
 
 

@@ -108,7 +108,7 @@ def flags():
     add_weights(p)  # <-- 03
     p.add_argument(
         "--log-sigma",
-        type=common.number(float, -math.inf),
+        type=common.number(float, -10, 10),
         nargs=2,
         help="noise of D_f: mean and std of ln sigma",
     )
@@ -126,9 +126,9 @@ def flags():
         "--ema", type=common.number(float, 0, 0.99999), help="decay of the weight average"
     )
     p.add_argument(
-        "--n", type=common.number(int, 10), help="samples for the measures, before and after"
+        "--n", type=common.number(int, 10, 10**6), help="samples for the measures, before and after"
     )
-    p.add_argument("--nfe", type=common.number(int, 2), help="network evaluations a sample")
+    p.add_argument("--nfe", type=common.number(int, 2, 10**4), help="network evaluations a sample")
     p.add_argument(
         "--redraw",
         nargs="?",
@@ -146,18 +146,18 @@ def add_weights(p):  # <-- 03
     )
     p.add_argument(
         "--kappa",
-        type=common.number(float, 0),
+        type=common.number(float, 0, 1000),
         help="obt-rel: the same weight, relative to the sizes of D_g and D_f",
     )
     p.add_argument(
         "--eta",
-        type=common.number(float, 0),
+        type=common.number(float, 0, 1000),
         help="erasediff: how fast each step must lower L_f; "
         "--alpha instead: the constant weight (1 - alpha)/alpha",
     )
     p.add_argument(
         "--c",
-        type=common.number(float, 0),
+        type=common.number(float, 0, 1000),
         help="siss: length of the forget gradient (the paper's 5 is for losses summed over pixels)",
     )
     p.add_argument(

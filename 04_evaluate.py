@@ -64,8 +64,10 @@ def arguments(argv):
         default="vp",
         help="for all models alike: where sampling starts and likelihood ends",
     )
-    parser.add_argument("--n", type=common.number(int, 20), help="samples a model")
-    parser.add_argument("--nfe", type=common.number(int, 2), help="network evaluations a sample")
+    parser.add_argument("--n", type=common.number(int, 20, 10**6), help="samples a model")
+    parser.add_argument(
+        "--nfe", type=common.number(int, 2, 10**4), help="network evaluations a sample"
+    )
     parser.add_argument(
         "--nll",
         choices=["ode", "bound", "none"],

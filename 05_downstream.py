@@ -143,7 +143,7 @@ def arguments(argv):
     )
     parser.add_argument(
         "--resample",
-        type=common.number(int, 1),
+        type=common.number(int, 1, 1000),
         help="inpaint: passes through each noise level (default: 5)",
     )
     parser.add_argument(

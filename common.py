@@ -3624,6 +3624,26 @@ class Parser(argparse.ArgumentParser):
 
     example = ""  # a whole command, to be shown when a required flag is missing
 
+    def parse_args(self, args=None, namespace=None):
+        """Parse the command line; exit with one line if a value is empty, as of an unset $OUT."""
+        flag = "the command line"
+        for text in sys.argv[1:] if args is None else args:
+            value = text
+            if text.startswith("--"):
+                flag, _, value = text.partition("=")
+                if value or text == flag:
+                    continue
+            if not value:
+                exit_with_error(f"{flag}: an empty value; {self.values_of(flag)}")
+        return super().parse_args(args, namespace)
+
+    def values_of(self, flag):
+        """Say which values a flag takes, as --help does."""
+        for action in self._actions:
+            if flag in action.option_strings and (action.help or action.choices):
+                return action.help or f"choose from: {', '.join(action.choices)}"
+        return "try --help"
+
     def error(self, message):
         """End the program with the message and a hint: the example, or --help."""
         # argparse itself would print the usage first, some 20 lines.
@@ -3633,26 +3653,27 @@ class Parser(argparse.ArgumentParser):
         exit_with_error(f"{message} (try --help)")
 
 
-def number(kind, low, high=math.inf, open_low=False):
+# Beside the weights of a network, in float32, a number nearer to 0 than this is lost.
+SMALLEST = 1e-8
+
+
+def number(kind, low, high=10**9):
     """Return an argparse type: a number within bounds, which its error message names.
 
-    kind      int or float
-    low       smallest number that is allowed
-    high      largest number that is allowed
-    open_low  whether `low` itself is forbidden
+    kind  int or float
+    low   smallest number that is allowed
+    high  largest number that is allowed, at most what float32 can do something with
     """
 
     def convert(text):
         value = kind(text)
-        is_high_enough = low < value if open_low else low <= value
+        is_lost = 0 < abs(value) < SMALLEST
         # nan and inf are numbers for Python, and no setting makes sense with them.
-        if math.isfinite(value) and is_high_enough and value <= high:
+        if low <= value <= high and math.isfinite(value) and not is_lost:
             return value
-        bounds = "a finite number"
-        if low > -math.inf:
-            bounds = f"above {low}" if open_low else f"at least {low}"
-        if high < math.inf:
-            bounds += f", at most {high}"
+        bounds = f"from {low:,} to {high:,}"
+        if is_lost:
+            bounds += f", and at least {SMALLEST} away from 0"
         raise argparse.ArgumentTypeError(f"{text} is out of range: {bounds}")
 
     # argparse puts this name into its message: "invalid whole number value: 'x'".
@@ -3662,8 +3683,8 @@ def number(kind, low, high=math.inf, open_low=False):
 
 def refuse_log_sigma(log_sigma):
     """Exit with one line if --log-sigma, the mean and std of ln sigma, is no distribution."""
-    if log_sigma is not None and log_sigma[1] <= 0:
-        exit_with_error(f"--log-sigma: the second number is a std: {log_sigma[1]} is not above 0")
+    if log_sigma is not None and log_sigma[1] < 0.01:
+        exit_with_error(f"--log-sigma: the second number is a std: {log_sigma[1]} is below 0.01")
 
 
 MAX_SEED = 2**63 - 1  # PyTorch takes no larger seed
@@ -3689,12 +3710,12 @@ def parser(doc, **defaults):
     p.add_argument("--steps", type=number(int, 1), help="training steps")
     p.add_argument(
         "--batch-size",
-        type=number(int, 2),
+        type=number(int, 2, 10**6),
         help="images a step (03: of D_g and of D_f each)",
     )
     p.add_argument(
         "--lr",
-        type=number(float, 0, open_low=True),
+        type=number(float, SMALLEST, 1),
         help="peak learning rate of Adam",
     )
     p.add_argument(

@@ -64,19 +64,19 @@ def arguments(argv):
     p.add_argument(
         "--samplers-file", default=str(common.HERE / "assets" / "samplers.json"), metavar="FILE"
     )
-    p.add_argument("--n", type=common.number(int, 20), help="--samplers: samples a seed")
+    p.add_argument("--n", type=common.number(int, 20, 10**6), help="--samplers: samples a seed")
     p.add_argument(
         "--images", type=common.number(int, 1), help="--json: test images of the likelihood"
     )
     p.add_argument(
         "--rk4",
-        type=common.number(int, 1),
+        type=common.number(int, 1, 10**4),
         help="--json: steps of our likelihood, four evaluations each (default: 16)",
     )
     p.add_argument("--dataset", default="mnist")
     p.add_argument("--data-dir")
     p.add_argument("--cache-dir")
-    p.add_argument("--seed", type=common.number(int, 0), default=0)
+    p.add_argument("--seed", type=common.number(int, 0, common.MAX_SEED), default=0)
     p.add_argument("--device", default="cpu")
     p.add_argument(
         "--compile",

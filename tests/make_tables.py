@@ -1118,13 +1118,10 @@ GROUPS = {
 
 def arguments(argv):
     """Read the command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument(
         "--only",
         metavar="GROUP[/METHOD]",
-        default="",
         help=f"one of: {', '.join(GROUPS)}; of a group of runs also one method, e.g. vp/ort",
     )
     p.add_argument("--list", action="store_true", help="show what is done and what is missing")
@@ -1137,19 +1134,22 @@ def arguments(argv):
 
 def check_row(only):
     """Split --only into (group, method), either may be ""; exit with one line if unknown."""
-    name, _, method = only.partition("/")
-    if name not in ("", *GROUPS):
+    if only is None:
+        return "", ""
+    name, slash, method = only.partition("/")
+    if name not in GROUPS:
         common.exit_with_error(f"--only {only}: choose a group from: {', '.join(GROUPS)}")
-    rows = GROUPS[name].rows if name else ()
-    if method and method not in rows:
+    rows = GROUPS[name].rows
+    if slash and method not in rows:
         what = f"the rows {', '.join(rows)}" if rows else "no rows of its own"
-        common.exit_with_error(f"--only {only}: {name or 'no group'} has {what}")
+        common.exit_with_error(f"--only {only}: {name} has {what}")
     return name, method
 
 
 def main(argv=None):
     """Run or list what is asked for, then write the tables and the figure."""
     args = arguments(argv)
+    only, method = check_row(args.only)
     if args.quick:  # its models must not lie where nll and noise look for real ones
         PLACES.runs = PLACES.runs / "quick"
         PLACES.table = PLACES.runs / "tables.json"
@@ -1158,7 +1158,6 @@ def main(argv=None):
         common.refuse_unwritable(PLACES.table)
     save_time()
 
-    only, method = check_row(args.only)
     if not args.draw:
         methods = {"methods": (method,)} if method else {}
         dry = "list" if args.list else None

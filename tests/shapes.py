@@ -14,23 +14,35 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+# Python looks for modules beside this file; common.py is one folder higher.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
+
 SHAPES = ("circle", "square", "triangle")
 COLORS = {"red": (220, 60, 50), "green": (60, 190, 80), "blue": (60, 100, 230)}
 
 
 def arguments(argv):
     """Read the command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument(
         "folder",
         nargs="?",
         default="out/shapes",
         help="where to write the sub-folders (default: out/shapes)",
     )
-    p.add_argument("--n", type=int, default=200, help="pictures in each sub-folder (default: 200)")
-    p.add_argument("--seed", type=int, default=0, help="another seed draws other pictures")
+    p.add_argument(
+        "--n",
+        type=common.number(int, 1, 10**6),
+        default=200,
+        help="pictures in each sub-folder (default: 200)",
+    )
+    p.add_argument(
+        "--seed",
+        type=common.number(int, 0, common.MAX_SEED),
+        default=0,
+        help="another seed draws other pictures",
+    )
     return p.parse_args(argv)
 
 
@@ -87,4 +99,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    common.run(main)

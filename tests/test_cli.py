@@ -1,7 +1,10 @@
 """The scripts through their command line: what they write, and what they say to bad input."""
 
+import argparse
 import re
+import runpy
 import shutil
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +22,7 @@ from conftest import (
     only_run,
     quick,
     read_json,
+    run_function,
     run_process,
     run_script,
     same_weights,
@@ -372,6 +376,90 @@ def test_bad_input_is_one_line_and_touches_nothing(tmp_path, flags, word):
     run = run_script("03", "--quick", *flags.split(), "--out", tmp_path)
     check_refusal(run, word)
     assert tree(tmp_path) == before
+
+
+def parser_of(path, monkeypatch):
+    """The Parser that a program reads its command line with."""
+    found = []
+
+    def note(parser, *_):
+        found.append(parser)
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Parser, "parse_args", note)
+        patch.setattr(sys, "path", [str(path.parent), *sys.path])
+        run_function(runpy.run_path(str(path))["arguments"], [])
+    return found[0]
+
+
+PROGRAMS = [*SCRIPTS.values(), *(ROOT / f"tests/{name}.py" for name in ("benchmark", "shapes"))]
+# Numbers that become inf, nan or 0 in float32, or that fit into no memory and no lifetime.
+SENSELESS = [
+    "1e300",
+    "-1e300",
+    "1e39",
+    "5e-324",
+    "1e-30",
+    "9" * 400,
+    "9" * 5000,
+    "1e999",
+    "-inf",
+    "nan",
+]
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("text", SENSELESS, ids=lambda text: text[:7])
+def test_every_flag_refuses_numbers_that_make_no_sense(path, text, monkeypatch):
+    parser = parser_of(path, monkeypatch)
+    flags = [action for action in parser._actions if action.type is not None]
+    assert flags
+    for action in flags:
+        with pytest.raises((ValueError, argparse.ArgumentTypeError)):
+            action.type(text)
+
+
+SENSELESS_FLAGS = {
+    ("01", "--weights 1e300 1 1"): "from 0.001 to 1,000",
+    ("01", "--means 1e30 0 0 0 2 2"): "from -20 to 20",
+    ("02", "--log-sigma 1e300 1"): "from -10 to 10",
+    ("02", "--log-sigma 0 1e-9"): "from -10 to 10",
+    ("02", "--log-sigma 0 0.001"): "below 0.01",
+    ("03", "--forget 3 --kappa 1e300"): "from 0 to 1,000",
+    ("03", "--forget 3 --kappa 1e-300"): "at least 1e-08 away from 0",
+    ("03", "--forget 3 --lr 5e-324"): "from 1e-08 to 1",
+    ("03", "--forget 3 --batch-size 1000000000000"): "from 2 to 1,000,000",
+}
+
+
+@pytest.mark.parametrize("number, flags", SENSELESS_FLAGS)
+def test_the_message_says_which_numbers_make_sense(tmp_path, number, flags):
+    run = run_script(number, "--quick", *flags.split(), "--out", tmp_path)
+    check_refusal(
+        run, flags.split()[-2 if "--forget" in flags else 0], SENSELESS_FLAGS[number, flags]
+    )
+
+
+# A value that is empty, as where a variable of the shell is not set.
+EMPTY_VALUES = {
+    "01": ("--out", "--means", "--n"),
+    "02": ("--out", "--data-dir", "--cache-dir", "--dataset", "--without", "--device", "--lr"),
+    "03": ("--forget", "--method", "--sde", "--redraw", "--alpha", "--retain", "--seed"),
+    "04": ("--inception-weights", "--nll", "--relearn"),
+    "05": ("--runs", "--mask", "--task", "--sigmas", "--clip-weights"),
+}
+
+
+@pytest.mark.parametrize("number", EMPTY_VALUES)
+def test_an_empty_value_is_one_line(tmp_path, number, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    needed = ("--forget", "3") if number in ("03", "04", "05") else ()
+    for flag in EMPTY_VALUES[number]:
+        for value in ((flag, ""), (f"{flag}=",)):
+            run = run_script(number, "--quick", *needed, *value)
+            check_refusal(run, f"{flag}: an empty value")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")

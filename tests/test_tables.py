@@ -10,7 +10,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, read_json
+from conftest import ROOT, check_refusal, read_json, run_function
 
 import common
 
@@ -475,3 +475,18 @@ def test_a_damaged_table_is_one_line(maker, tmp_path, text, capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "git checkout" in error
+
+
+@pytest.mark.parametrize("only", ["", "vp/", "/", "/ort", "nonsense", "vp/ort/", "nll/ort", "VP"])
+def test_an_unknown_row_is_one_line_with_the_known_ones(tmp_path, only):
+    program = runpy.run_path(str(ROOT / "tests/make_tables.py"))
+    program["PLACES"].runs = tmp_path / "runs"
+    run = run_function(program["main"], ["--only", only, "--list"])
+    check_refusal(run, "--only")
+    group = only.partition("/")[0]
+    known = [] if only == "nll/ort" else program["GROUPS"]
+    if group == "vp":
+        known = program["GROUPS"]["vp"].rows
+    for name in known:
+        assert name in run.err
+    assert not (tmp_path / "runs").exists()

@@ -28,8 +28,13 @@ Groups long and ve take learning rate, noise and retain loss from there, and sta
 the weight found there. Group ve walks on forget 3; 7 and 3 7 use the weight that it finds (obt-rel
 also the next stronger one, and 1000 steps).
 
-A finished model is kept in out/tables/ only. Where groups nll and noise find it gone, its command
-makes it again.
+Group paper gives the paper's own losses the time that they need: uniform times, 1500 and 5000
+steps, and 10,000 from scratch. Its rows are walk, 3, scratch, 7, 3-7, vp and more. The row walk
+chooses alpha by runs of 500 steps, see choose_paper_alpha; the others use what it has chosen.
+
+A finished model is kept in out/tables/ only. Where groups nll, noise and angles find it gone, its
+command makes it again. Group instead makes whole runs again, for measures that they did not have.
+A run that was stopped goes on where it was.
 
 Two commands may run at once, on a core each:
 OMP_NUM_THREADS=1 taskset -c 0 python tests/make_tables.py --only vp/ort, and so on.
@@ -310,18 +315,28 @@ def run_folder(name):
 
 
 def execute(name, command):
-    """Run one command of 03 with its outputs under a name, and return the folder that it wrote."""
+    """Run one command of 03 with its outputs under a name, and return the folder that it wrote.
+
+    It goes on with what the same command has left there: the training of a run that was stopped, or
+    a finished run whose figures did not come into the table.
+    """
     folder = run_folder(name)
-    shutil.rmtree(folder, ignore_errors=True)  # what a killed run has left
-    flags = command.split()[2:]  # after "python 03_unlearn.py"
-    try:
-        load_script("03")["main"]([*flags, "--out", str(folder)])
-    except SystemExit as stop:
-        if stop.code != 1:
-            raise
-        # 1: it made things worse. The search for a weight goes that far, and its row says so.
+    note = folder / "command.txt"  # for `network` too
+    if not note.exists() or note.read_text() != command:
+        shutil.rmtree(folder, ignore_errors=True)  # what another command has left
+        common.make_folder(folder)
+        note.write_text(command)
+    if not find_files(folder, "result.json"):
+        flags = command.split()[2:]  # after "python 03_unlearn.py"
+        if list(folder.glob("**/*.resume.pt")):
+            flags.append("--resume")
+        try:
+            load_script("03")["main"]([*flags, "--out", str(folder)])
+        except SystemExit as stop:
+            if stop.code != 1:
+                raise
+            # 1: it made things worse. The search for a weight goes that far, and its row says so.
     (path,) = find_files(folder, "result.json")
-    (folder / "command.txt").write_text(command)  # for `network`
     return path.parent
 
 
@@ -332,13 +347,14 @@ def find_files(folder, name):
     return list(folder.glob(f"**/mnist/*/[!.]*/{name}"))
 
 
-def run(name, *argv, quick=False, dry=False):
+def run(name, *argv, figures=None, quick=False, dry=False):
     """Return the result of one run of 03: from the table if it is there, else by running it.
 
-    name   of the run in the table
-    argv   its flags without --dataset, strings and numbers
-    quick  run it with TINY
-    dry    "list" or "look": do not run it but return None if it is missing; "look" prints nothing
+    name     of the run in the table
+    argv     its flags without --dataset, strings and numbers
+    figures  function of the run's network that returns a dict of more figures, or None
+    quick    run it with TINY
+    dry      "list" or "look": do not run it but return None if it is missing; "look" prints nothing
     """
     argv = ("--dataset", "mnist", *argv)
     # Flags may have been chosen anew since a run was kept under this name, so the command has to be
@@ -354,9 +370,15 @@ def run(name, *argv, quick=False, dry=False):
 
     command = commands["tiny" if quick else "full"]
     print(f"\n=== {name}: {command}", flush=True)
-    result = json.loads((execute(name, command) / "result.json").read_text())
+    folder = execute(name, command)
+    result = json.loads((folder / "result.json").read_text())
     result.pop("args")  # the command says the same
-    return keep(name, command, result)
+    if figures is not None:
+        result.update(figures(common.load_net(folder / "model.pt", command)))
+    entry = keep(name, command, result)
+    # In the table now. Without it here, a run whose entry is taken out is made again as a whole.
+    (folder / "result.json").unlink()
+    return entry
 
 
 # ---- choosing a weight ---------------------------------------------------------------------------
@@ -635,10 +657,13 @@ def group_ddpm(methods=("obt-rel", "obt", "ort", "unseen", "erasediff"), **how):
         run(f"ddpm/{method}", *setting(method, *flags, sde="ddpm"), **how)
 
 
-def run_standard(name, steps=3000, quick=False, dry=False):
+def run_standard(name, steps=3000, sde="vp", figures=None, quick=False, dry=False):
     """Train a Standard model of 02 with so few steps, and keep the measures that 03 would give it.
 
     Its learning rate and average are those of 03 --from-scratch, so that the two compare.
+
+    sde      from which its samples are drawn
+    figures  function of its network that returns a dict of more figures, or None
     """
     out = run_folder(name) / "quick" if quick else run_folder(name)  # 02 adds the folder itself
     path = out / "mnist" / "base.pt"
@@ -661,10 +686,13 @@ def run_standard(name, steps=3000, quick=False, dry=False):
     subprocess.run([sys.executable, *command.split()[1:], *more], cwd=ROOT, check=True)
     if common.load_checkpoint(path, command, ("step",))["step"] < steps:
         common.exit_with_error("stopped; go on with the same command")
-    keep(name, command, measure_standard(path, command, quick))
+    result = measure_standard(path, command, sde, quick)
+    if figures is not None:
+        result.update(figures(common.load_net(path, command)))
+    keep(name, command, result)
 
 
-def measure_standard(path, command, quick):
+def measure_standard(path, command, sde, quick):
     """Measure a Standard model beside the shipped one, as 03 measures before and after."""
     data = common.load_dataset("mnist")
     args = argparse.Namespace(
@@ -676,14 +704,15 @@ def measure_standard(path, command, quick):
         quick=quick,
         seed=0,
         n=20 if quick else 2000,
-        nfe=2 if quick else NFE["vp"],
+        nfe=2 if quick else NFE[sde],
     )
     judge = common.load_judge(args, data)
 
     def draw(net, label):
         """The judge's verdict on args.n samples, drawn as 03 draws them."""
         draw_samples = load_script("03")["draw_samples"]
-        return draw_samples(args, net, common.VP(), judge, data.images.shape[1:], label).verdict
+        shape = data.images.shape[1:]
+        return draw_samples(args, net, common.SDES[sde](), judge, shape, label).verdict
 
     standard = load_standard()
     verdict_before = draw(standard, "samples before")
@@ -699,8 +728,10 @@ def measure_standard(path, command, quick):
         "ur_after": after["ur"],
         "ur_interval": after["ur_interval"],
         "fd_after": after["fd"],
-        "class_min_ratio": after["class_min_ratio"],
         "low_confidence_after": after["low_confidence"],
+        "noise_after": after["noise"],
+        "ur_no_noise_after": after["ur_no_noise"],
+        **{key: after[key] for key in common.COMPARED},
     }
 
 
@@ -737,8 +768,10 @@ def network(name):
     note = run_folder(name) / "command.txt"
     if note.exists() and note.read_text() not in (command, f"{command} --n 10"):
         found = []
-    path = found[0] if found else execute(name, f"{command} --n 10") / "model.pt"
-    return common.load_net(path, command)
+    if not found:
+        shutil.rmtree(run_folder(name), ignore_errors=True)
+        found = [execute(name, f"{command} --n 10") / "model.pt"]
+    return common.load_net(found[0], command)
 
 
 def load_standard():
@@ -780,10 +813,10 @@ def measure_models(group, runs, figures, dry):
         print(key, keep(key, command, result), flush=True)
 
 
-def test_images(n):
-    """Return n dequantised test images that are no 3, and n that are: two of (n, 1, 28, 28)."""
+def test_images(n, forget=(3,)):
+    """Return n dequantised test images of D_g, and n of D_f: two of (n, 1, 28, 28)."""
     test = common.load_dataset("mnist", train=False)
-    is_forgotten = test.labels == 3
+    is_forgotten = torch.isin(test.labels, torch.tensor(forget))
     # One generator for both, so common.random_subset, which makes one for each, does not fit here.
     generator = common.rng(0)
     torch.manual_seed(0)  # for the noise of dequantize
@@ -794,14 +827,16 @@ def test_images(n):
     return chosen_images
 
 
-def bits_figures(net, n, steps):
+def bits_figures(net, n, steps, sde="ve", forget=(3,)):
     """Return bits/dim of n test images of D_g and of D_f, with the standard errors of the means."""
     result = {}
-    for key, images in zip("gf", test_images(n)):
+    for key, images in zip("gf", test_images(n, forget)):
         nats = []
         for x in images.split(64):
             probes = common.rademacher_probes(x, 1, common.rng(1))
-            nats.append(common.ode_log_likelihood(net, common.VE(), x, probes, steps, focus=-3.0))
+            nats.append(
+                common.ode_log_likelihood(net, common.SDES[sde](), x, probes, steps, focus=-3.0)
+            )
         bits = common.bits_per_dim(torch.cat(nats), images[0].numel())
         result[f"bpd_{key}"] = bits.mean().item()
         result[f"error_{key}"] = (bits.std() / math.sqrt(len(bits))).item()
@@ -836,6 +871,237 @@ def group_noise(quick=False, dry=False):
         if choice:
             runs[f"{method}/{choice.best}"] = choice.name(choice.best)
     measure_models("noise", runs, partial(noise_figures, n=4 if quick else 500), dry)
+
+
+# ---- the paper's losses, given their time --------------------------------------------------------
+# VE, uniform times and learning rate 1e-3 for all; samples and likelihoods as in the other groups.
+
+PAPER_ALPHAS = (0.99, 0.95, 0.9, 0.7, 0.5)
+RETAINS = ("dsm", "distill")
+# The weights of the other methods, found in groups vp and ve.
+PAPER_RIVALS = {
+    "erasediff": ("--eta", 0.001, "--uniform-t", "--retain", "distill"),
+    "unseen": (),
+    "obt-rel": ("--kappa", 1.7),
+    "obt-rel/uniform-t": ("--kappa", 1.7, "--uniform-t"),
+}
+
+
+def paper_bits(quick, sde="ve", forget=(3,)):
+    """Return the function of a network that measures the likelihoods of group paper."""
+    # Networks that have been pushed far are less smooth, so they get twice the steps of group nll.
+    size = {"n": 2, "steps": 2} if quick else {"n": 128, "steps": 32}
+    return partial(bits_figures, sde=sde, forget=forget, **size)
+
+
+def run_paper(name, method, *flags, forget=(3,), sde="ve", steps=1500, quick=False, dry=False):
+    """Run one row of group paper, likelihoods included.
+
+    name   of the run behind "paper/"
+    flags  its weight, and what differs from `setting`
+    """
+    argv = setting(method, "--lr", 1e-3, *flags, forget=forget, sde=sde, steps=steps)
+    figures = paper_bits(quick, sde, forget)
+    return run(f"paper/{name}", *argv, figures=figures, quick=quick, dry=dry)
+
+
+def paper_flags(method, alpha, retain):
+    """Return the flags of the paper's method `method` with this alpha and L_g."""
+    if alpha is None:  # Unseen has no L_f
+        return ()
+    return ("--alpha", alpha, "--uniform-t", "--retain", retain)
+
+
+def choose_paper_alpha(method, retain, **how):
+    """Walk over PAPER_ALPHAS with 500 steps each, and return the best alpha, or None.
+
+    A run counts as forgetting in the paper's sense if the NLL of D_f is at least 5 bits/dim above
+    the Standard model's and that of D_g at most 1.1 above. Of these it is the one of least FD. If
+    there is none, it is the one that raises the NLL of D_f most among those that keep D_g, or where
+    none keeps it the one that raises the NLL of D_g least. None while runs are missing.
+    """
+    found = {}
+    for alpha in PAPER_ALPHAS:
+        flags = paper_flags(method, alpha, retain)
+        name = f"walk/{method}/{retain}/{alpha}"
+        found[alpha] = run_paper(name, method, *flags, steps=500, **how)
+    standard = load().get("paper/standard")
+    if standard is None or None in found.values():
+        return None
+    return best_paper_alpha(found, standard)
+
+
+def best_paper_alpha(found, standard):
+    """Choose from {alpha: result} as choose_paper_alpha says; `standard` has the bits/dim before.
+
+    Results without a number, after a training that broke down, are not chosen.
+    """
+    rise = {}  # alpha -> by how much the NLL of D_g and that of D_f have risen
+    for alpha, result in found.items():
+        rise[alpha] = [result[key] - standard[key] for key in ("bpd_g", "bpd_f")]
+    sound = [alpha for alpha in found if all(map(math.isfinite, rise[alpha]))]
+    keeping = [alpha for alpha in sound if rise[alpha][0] <= 1.1]
+    forgetting = [alpha for alpha in keeping if rise[alpha][1] >= 5]
+    if forgetting:
+        return min(forgetting, key=lambda alpha: found[alpha]["fd_after"])
+    if keeping:
+        return max(keeping, key=lambda alpha: rise[alpha][1])
+    return min(sound, key=lambda alpha: rise[alpha][0], default=None)
+
+
+def measure_shipped(quick=False, dry=False):
+    """Keep the likelihoods of the shipped Standard model as paper/standard."""
+    figures = paper_bits(quick)
+    measure_models("paper", {}, figures, dry)
+
+
+def paper_walk(**how):
+    """Choose alpha for both of the paper's losses with both retain losses."""
+    measure_shipped(**how)
+    for method in ("ort", "obt"):
+        for retain in RETAINS:
+            choose_paper_alpha(method, retain, **how)
+
+
+def chosen_paper_runs(dry):
+    """Yield (method, retain, flags with the alpha of the walk), as far as the walk is done."""
+    for method in ("ort", "obt"):
+        for retain in RETAINS:
+            alpha = choose_paper_alpha(method, retain, dry="look")
+            if alpha is not None:
+                yield method, retain, paper_flags(method, alpha, retain)
+            elif dry != "look":
+                print(f"missing paper/walk/{method}/{retain}: run --only paper/walk first")
+
+
+def paper_three(**how):
+    """Run forget 3 on VE: the paper's losses with 1500 and 5000 steps, and the others with 1500."""
+    for method, retain, flags in chosen_paper_runs(how.get("dry")):
+        run_paper(f"3/{method}/{retain}/1500", method, *flags, **how)
+    for label, flags in PAPER_RIVALS.items():
+        run_paper(f"3/{label}/1500", label.split("/")[0], *flags, **how)
+    for method, retain, flags in chosen_paper_runs("look"):
+        run_paper(f"3/{method}/{retain}/5000", method, *flags, steps=5000, **how)
+
+
+def paper_scratch(**how):
+    """Run the poster's Table 1: 10,000 steps from random weights, L_g is score matching."""
+    figures = paper_bits(how.get("quick", False))
+    run_standard("paper/scratch/standard", 10_000, "ve", figures, **how)
+    scratch = ("--from-scratch", "--lr", 8e-3)
+    runs = [("unseen", scratch)]
+    for method, retain, flags in chosen_paper_runs(how.get("dry")):
+        if retain == "dsm":
+            runs.append((method, (*scratch, *flags)))
+    for method, flags in runs:
+        argv = setting(method, *flags, sde="ve", steps=10_000, ema=0.999)
+        run(f"paper/scratch/{method}", *argv, figures=figures, **how)
+
+
+def paper_others(forget=(3,), sde="ve", **how):
+    """Run other classes or another SDE with 1500 steps."""
+    place = "-".join(map(str, forget)) if sde == "ve" else sde
+    setup = {"forget": forget, "sde": sde, **how}
+    for method, retain, flags in chosen_paper_runs(how.get("dry")):
+        run_paper(f"{place}/{method}/{retain}/1500", method, *flags, **setup)
+    for label, flags in PAPER_RIVALS.items():
+        run_paper(f"{place}/{label}/1500", label.split("/")[0], *flags, **setup)
+
+
+def paper_more(**how):
+    """Run what is left of obt-rel: 5000 steps."""
+    for label in ("obt-rel", "obt-rel/uniform-t"):
+        run_paper(f"3/{label}/5000", "obt-rel", *PAPER_RIVALS[label], steps=5000, **how)
+
+
+PAPER_ROWS = {
+    "walk": paper_walk,
+    "3": paper_three,
+    "scratch": paper_scratch,
+    "7": partial(paper_others, (7,)),
+    "3-7": partial(paper_others, (3, 7)),
+    "vp": partial(paper_others, sde="vp"),
+    "more": paper_more,
+}
+
+
+def group_paper(methods=tuple(PAPER_ROWS), **how):
+    """Run the paper's losses with the time that they need, row by row."""
+    for row in methods:
+        PAPER_ROWS[row](**how)
+
+
+# ---- measures that kept runs did not have --------------------------------------------------------
+
+
+def chosen_runs():
+    """Yield the names of the runs in the README's tables that can tell what stands instead."""
+    table = load()
+    for method in WEIGHTS:
+        choice = choose(method, dry="look")
+        if choice is None:
+            continue
+        yield choice.name(choice.best)
+        longer = {weight: table.get(long_name(method, weight)) for weight in LADDER[method]}
+        longer = {weight: result for weight, result in longer.items() if result}
+        if longer:
+            yield long_name(method, nearest(longer))
+    for label in ve_labels():
+        yield f"ve/3/{label}"
+    yield from (name for name in table if name.startswith(("ddpm/", "scratch/")))
+
+
+def group_instead(quick=False, dry=False):
+    """Make the runs of the README's tables again: what stands where the Standard model drew a 3."""
+    for name in chosen_runs():
+        known = load().get(name)
+        # 02's own, the row scratch/standard, is in group paper with more steps.
+        if known and SCRIPTS["03"] in known["command"]:
+            run(f"instead/{name}", *known["command"].split()[4:], quick=quick, dry=dry)
+
+
+ANGLE_SIGMAS = [10 ** (i / 4) for i in range(-8, 9)]  # from 0.01 to 100
+
+
+def angle_figures(net, n, sigmas=ANGLE_SIGMAS):
+    """Compare the network's score with the data score -z on test images, by noise level.
+
+    Returns {"g": rows, "f": rows} for n images of D_g and of D_f; a row is [sigma, cosine of the
+    two, ratio of their lengths |z_hat|/|z|], means over the images.
+    """
+    return {key: angle_rows(net, images, sigmas) for key, images in zip("gf", test_images(n))}
+
+
+@torch.no_grad()
+def angle_rows(net, x, sigmas):
+    """Return the rows of angle_figures for the images x (n, C, H, W)."""
+    rows = []
+    for sigma in sigmas:
+        # The same noise at every level and for every network: two rows differ by these alone.
+        z = common.randn(x.shape, common.rng(2))
+        _, z_hat = common.predict(net, x + sigma * z, torch.full((len(x),), sigma))
+        lengths = [part.flatten(1).norm(dim=1) for part in (z, z_hat)]
+        cosine = (z * z_hat).flatten(1).sum(1) / (lengths[0] * lengths[1])
+        ratio = lengths[1] / lengths[0]
+        rows.append([sigma, cosine.mean().item(), ratio.mean().item()])
+    return rows
+
+
+def angle_runs():
+    """Return {label: name of the run} of the models whose angles are shown, as far as there are."""
+    table = load()
+    names = {
+        "unseen": "paper/3/unseen/1500",
+        "ort": "paper/3/ort/dsm/1500",
+        "obt": "paper/3/obt/dsm/1500",
+        "obt-rel": "paper/3/obt-rel/1500",
+    }
+    return {label: name for label, name in names.items() if name in table}
+
+
+def group_angles(quick=False, dry=False):
+    """Measure the angle that the paper speaks of, between the network's score and the data's."""
+    measure_models("angles", angle_runs(), partial(angle_figures, n=4 if quick else 200), dry)
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -914,6 +1180,96 @@ def noise_lines(rows):
         pairs = zip(result["g"], result["f"])
         cells = [f"{loss_g:.3f} / {loss_f:.3f}" for (_, _, loss_g), (_, _, loss_f) in pairs]
         yield f"| {name} | {' | '.join(cells)} |"
+
+
+# The poster's UR in %, by the forgotten classes and the method, Table 1 (MNIST, VE).
+POSTER_UR = {
+    ("3", "standard"): 11.0,
+    ("3", "ort"): 0.4,
+    ("3", "obt"): 1.5,
+    ("3", "unseen"): 1.8,
+    ("3", "erasediff"): 1.4,
+    ("7", "ort"): 0.8,
+    ("7", "obt"): 3.6,
+    ("7", "unseen"): 2.3,
+    ("7", "erasediff"): 1.1,
+    ("3-7", "ort"): 1.2,
+    ("3-7", "obt"): 5.1,
+    ("3-7", "unseen"): 4.1,
+    ("3-7", "erasediff"): 2.5,
+}
+POSTER_BITS = {
+    "standard": "2.82 / 2.78",
+    "ort": "3.92 / 13.23",
+    "obt": "3.70 / 12.08",
+    "unseen": "3.07 / 3.01",
+    "erasediff": "3.30 / 3.74",
+}
+
+
+def paper_lines(rows):
+    """Yield the table of group paper, with the poster's figures beside ours.
+
+    Its walk is left out: `alpha` in the command says what it has chosen.
+    """
+    yield (
+        "| run | UR % (95 %) | without noise | FD / Standard's | unsure % | class_min_ratio "
+        "| instead: other / unsure / noise / still, % | NLL of D_g / D_f | s | poster: UR, NLL |"
+    )
+    yield "|---" * 10 + "|"
+    for name, result in rows.items():
+        if not name.startswith("walk/"):
+            yield f"| {name} | {' | '.join(paper_cells(name, result))} |"
+
+
+def paper_cells(name, result):
+    """Return the cells of one row of group paper behind its name."""
+    bits = f"{result['bpd_g']:.2f} / {result['bpd_f']:.2f}"
+    if "ur_after" not in result:  # the shipped Standard model: its likelihoods alone
+        return ["", "", "", "", "", "", bits, "", f"11.0, {POSTER_BITS['standard']}"]
+    low, high = result["ur_interval"]
+    ratio = result["fd_after"] / result["fd_before"]
+    seconds = round(result["seconds"]) if "seconds" in result else ""
+    place, method = name.split("/")[:2]
+    poster = [POSTER_UR.get((place.replace("scratch", "3"), method)), POSTER_BITS.get(method)]
+    return [
+        f"{result['ur_before']:.2f} to {result['ur_after']:.2f} ({low:.1f}-{high:.1f})",
+        f"{result['ur_no_noise_after']:.2f}",
+        f"x{ratio:.2f}",
+        f"{result['low_confidence_after']:.1f}",
+        f"{result['class_min_ratio']:.2f}",
+        instead_cell(result),
+        bits,
+        f"{seconds}",
+        ", ".join(str(value) for value in poster if value is not None),
+    ]
+
+
+def instead_cell(result):
+    """Write what stands where the Standard model drew a forget class, four shares in percent."""
+    names = ("other", "unsure", "noise", "forgotten")
+    return " / ".join(f"{result[f'instead_{name}']:.0f}" for name in names)
+
+
+def instead_lines(rows):
+    """Yield the table of what stands where the Standard model drew a 3."""
+    yield "| run | UR % | without noise | instead: other / unsure / noise / still, % |"
+    yield "|---|---|---|---|"
+    for name, result in rows.items():
+        ur = f"{result['ur_after']:.2f} | {result['ur_no_noise_after']:.2f}"
+        yield f"| {name} | {ur} | {instead_cell(result)} |"
+
+
+def angle_lines(rows):
+    """Yield the table of angles: cosine and ratio of lengths on D_g, then on D_f."""
+    shown = [0, 4, 8, 10, 12, 16]  # of ANGLE_SIGMAS: 0.01, 0.1, 1, 3.2, 10, 100
+    header = [f"sigma {ANGLE_SIGMAS[i]:.2g}" for i in shown]
+    yield f"| model | {' | '.join(header)} |"
+    yield "|---" * (len(shown) + 1) + "|"
+    for name, result in rows.items():
+        for key in "gf":
+            cells = [f"{result[key][i][1]:.3f}, x{result[key][i][2]:.2f}" for i in shown]
+            yield f"| {name}, D_{key} | {' | '.join(cells)} |"
 
 
 def tables(table):
@@ -1072,6 +1428,33 @@ def figure(table, path):
     common.save_figure(fig, path, dpi=90)
 
 
+def angle_figure(table, path):
+    """Draw group angles: cosine and ratio of lengths over sigma, on D_g and on D_f."""
+    plt = common.pyplot()
+    fig, axes = plt.subplots(2, 2, figsize=(8, 5.2), sharex=True, sharey="row")
+    methods = list(WEIGHTS)
+    rows = {
+        key: table[f"angles/{key}"] for key in ("standard", *methods) if f"angles/{key}" in table
+    }
+    for label, result in rows.items():
+        color = "black" if label == "standard" else f"C{methods.index(label)}"
+        for column, key in enumerate("gf"):
+            sigma, cosine, ratio = zip(*result[key])
+            axes[0, column].plot(sigma, cosine, color=color, label=label)
+            axes[1, column].plot(sigma, ratio, color=color)
+    for ax, title in zip(axes[0], ("D_g, kept", "D_f, forgotten")):
+        ax.set(title=title, xscale="log")
+        ax.axhline(0, color="0.7", lw=1)
+    for ax in axes[1]:
+        ax.set(xlabel="noise level sigma (data in [-1, 1])", xscale="log")
+        ax.axhline(1, color="0.7", lw=1)
+    axes[0, 0].set_ylabel("cosine of z_hat and z")
+    axes[1, 0].set_ylabel("|z_hat| / |z|")
+    axes[0, 0].legend(fontsize=8)
+    fig.tight_layout()
+    common.save_figure(fig, path, dpi=90)
+
+
 # ---- the story -----------------------------------------------------------------------------------
 
 
@@ -1111,6 +1494,25 @@ GROUPS = {
         "the weights chosen in group vp.",
         group_noise,
         noise_lines,
+        rows=(),
+    ),
+    "paper": Group(
+        "The paper's losses, given their time: VE, uniform times, 64 + 64 images a step.",
+        group_paper,
+        paper_lines,
+        rows=tuple(PAPER_ROWS),
+    ),
+    "instead": Group(
+        "What stands where the Standard model drew a 3: the runs of the tables above, made again.",
+        group_instead,
+        instead_lines,
+        rows=(),
+    ),
+    "angles": Group(
+        "The angle itself: cosine of z_hat and z, and |z_hat|/|z|, on test images; "
+        "runs of group paper with 1500 steps.",
+        group_angles,
+        angle_lines,
         rows=(),
     ),
 }
@@ -1169,6 +1571,8 @@ def main(argv=None):
         tables(table)
         folder = PLACES.runs if args.quick else ROOT / "assets"
         figure(table, folder / "tradeoff.png")
+        if "angles/standard" in table:
+            angle_figure(table, folder / "angles.png")
         print("\n### FD at UR 1 %\n", *summary_lines(table), sep="\n")
 
 

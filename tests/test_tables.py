@@ -7,6 +7,7 @@ do not change what it means.
 import math
 import runpy
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from conftest import ROOT, check_refusal, read_json, run_function
 
 import common
 
+RETAINS = ("dsm", "distill")
 TABLE = ROOT / "assets" / "tables.json"
 SCRIPT_NUMBERS = {"02_train_sde.py": "02", "03_unlearn.py": "03"}
 
@@ -262,7 +264,7 @@ def test_likelihood_and_noise_measure_the_chosen_models(maker, tmp_path):
     def only_unseen(method, dry=False):
         return choice if method == "unseen" else None
 
-    def random_images(n):
+    def random_images(n, forget=(3,)):
         generator = common.rng(0)
         return torch.rand(2, n, 1, 28, 28, generator=generator) * 2 - 1
 
@@ -288,6 +290,200 @@ def test_likelihood_and_noise_measure_the_chosen_models(maker, tmp_path):
     want = [loss for _, _, loss in loss_by_noise(net, images_f)]
     got = [loss for _, _, loss in table["noise/standard"]["f"]]
     assert got == pytest.approx(want, rel=1e-4)
+
+
+def leave_a_run(folder):
+    """Write what a finished run of 03 leaves, with result.json as the text "1"."""
+    place = Path(folder) / "mnist/forget-3/unseen-vp"
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "result.json").write_text("1")
+    (place / "model.pt").write_text("weights")
+
+
+def test_a_run_that_was_stopped_goes_on(maker, tmp_path):
+    """What another command has left is no beginning of this one."""
+    calls = []
+
+    def main(argv):
+        calls.append("--resume" in argv)
+        folder = Path(value_of(argv, "--out"))
+        if len(calls) < 3:
+            (folder / "unseen-vp.resume.pt").touch()
+            raise KeyboardInterrupt
+        leave_a_run(folder)
+
+    maker["load_script"] = lambda number: {"main": main}
+    for steps in (4, 5):
+        with pytest.raises(KeyboardInterrupt):
+            maker["execute"]("group/one", f"python 03_unlearn.py --steps {steps}")
+    assert calls == [False, False]
+    path = maker["execute"]("group/one", "python 03_unlearn.py --steps 5")
+    assert calls == [False, False, True]
+    assert maker["execute"]("group/one", "python 03_unlearn.py --steps 5") == path
+    assert len(calls) == 3, "it was finished"
+
+
+def test_a_run_whose_entry_is_taken_out_is_made_again(maker, tmp_path):
+    argv = ("--forget", 3, "--method", "unseen", "--n", 10, "--nfe", 2)
+    more = {"figures": lambda net: {"width": net.arch["width"]}, "quick": True}
+    first = maker["run"]("group/one", *argv, **more)
+    assert first["width"] == maker["load_standard"]().arch["width"]
+    (tmp_path / "tables.json").unlink()
+    again = maker["run"]("group/one", *argv, **more)
+    assert again["seconds"] != first["seconds"]
+    assert again["fd_after"] == pytest.approx(first["fd_after"], rel=1e-6)
+
+
+# ---- the paper's losses, given their time --------------------------------------------------------
+
+STANDARD_BITS = {"bpd_g": 1.0, "bpd_f": 1.5}
+
+
+def paper_result(rise_g, rise_f, fd):
+    """What the choice of alpha reads of a run."""
+    return {"bpd_g": 1.0 + rise_g, "bpd_f": 1.5 + rise_f, "fd_after": fd}
+
+
+@pytest.mark.parametrize(
+    "found, expected",
+    [
+        # Two forget and keep: the one of lower FD.
+        (
+            {0.9: paper_result(1, 6, 3), 0.7: paper_result(1, 9, 2), 0.5: paper_result(2, 20, 1)},
+            0.7,
+        ),
+        # None forgets enough: the one that forgets most of those that keep.
+        ({0.9: paper_result(0, 1, 1), 0.7: paper_result(1, 4, 9), 0.5: paper_result(2, 9, 1)}, 0.7),
+        # None keeps: the one that keeps most.
+        ({0.9: paper_result(3, 9, 2), 0.5: paper_result(2, 1, 9)}, 0.5),
+        # One has broken down.
+        ({0.9: paper_result(math.nan, math.inf, 0), 0.5: paper_result(0, 1, 9)}, 0.5),
+        ({0.9: paper_result(math.nan, math.nan, 0)}, None),
+    ],
+)
+def test_alpha_is_chosen_by_likelihood_and_then_by_fd(maker, found, expected):
+    assert maker["best_paper_alpha"](found, STANDARD_BITS) == expected
+
+
+@pytest.fixture
+def paper_world(maker):
+    """make_tables.py in a world where alpha 0.9 is best: ({name: its flags}, the globals)."""
+    asked = {}
+
+    def run(name, *argv, figures=None, quick=False, dry=False):
+        asked[name] = [str(value) for value in argv]
+        alpha = float(value_of(asked[name], "--alpha")) if "--alpha" in argv else 1.0
+        return paper_result(0, 6, abs(alpha - 0.9))
+
+    def run_standard(name, steps, sde, figures, **how):
+        asked[name] = ["--sde", sde, "--steps", str(steps)]
+
+    maker.update(run=run, run_standard=run_standard, measure_shipped=lambda **how: None)
+    maker["load"] = lambda: {"paper/standard": STANDARD_BITS}
+    return asked, maker
+
+
+def test_the_paper_group_runs_every_row_with_the_alpha_of_its_walk(paper_world):
+    asked, maker = paper_world
+    maker["group_paper"](("3",))
+    rows = {name: argv for name, argv in asked.items() if not name.startswith("paper/walk/")}
+    paper_methods = [f"{method}/{retain}" for method in ("ort", "obt") for retain in RETAINS]
+    expected = {f"paper/3/{label}/{steps}" for label in paper_methods for steps in (1500, 5000)}
+    rivals = ("erasediff", "unseen", "obt-rel", "obt-rel/uniform-t")
+    assert set(rows) == expected | {f"paper/3/{label}/1500" for label in rivals}
+    for name, argv in rows.items():
+        assert value_of(argv, "--steps") == name.rsplit("/", 1)[1], name
+        assert value_of(argv, "--sde") == "ve", name
+        assert value_of(argv, "--lr") == "0.001", name
+        if name in expected:
+            assert value_of(argv, "--alpha") == "0.9", name
+            assert value_of(argv, "--retain") == name.split("/")[3], name
+            assert "--uniform-t" in argv, name
+    assert "--uniform-t" not in rows["paper/3/obt-rel/1500"]
+
+
+def test_the_walk_takes_500_steps_a_point(paper_world):
+    asked, maker = paper_world
+    maker["group_paper"](("walk",))
+    assert len(asked) == 2 * 2 * len(maker["PAPER_ALPHAS"])
+    assert {value_of(argv, "--steps") for argv in asked.values()} == {"500"}
+
+
+def test_from_scratch_has_10000_steps_and_score_matching(paper_world):
+    asked, maker = paper_world
+    maker["group_paper"](("scratch",))
+    rows = {name.split("/")[2]: argv for name, argv in asked.items() if "/scratch/" in name}
+    assert set(rows) == {"standard", "unseen", "ort", "obt"}
+    for method, argv in rows.items():
+        assert value_of(argv, "--steps") == "10000", method
+        if method != "standard":
+            assert "--from-scratch" in argv, method
+            assert "distill" not in argv, method
+
+
+@pytest.mark.parametrize(
+    "row, sde, classes", [("7", "ve", ["7"]), ("3-7", "ve", ["3", "7"]), ("vp", "vp", ["3"])]
+)
+def test_other_rows_of_the_paper_group(paper_world, row, sde, classes):
+    asked, maker = paper_world
+    maker["group_paper"]((row,))
+    rows = {name: argv for name, argv in asked.items() if name.startswith(f"paper/{row}/")}
+    assert len(rows) == 4 + 4
+    for name, argv in rows.items():
+        assert value_of(argv, "--sde") == sde, name
+        first = argv.index("--forget") + 1
+        assert argv[first : argv.index("--method")] == classes, name
+
+
+def test_angles_of_a_score_that_is_turned_round_and_three_times_too_long(maker):
+    """Images of 0: the noisy image is sigma z, so the network knows z."""
+
+    def z_hat(x_hat, sigma):
+        return -3 * x_hat / common.expand_like(sigma, x_hat)
+
+    net = common.ExactNet(z_hat, 0.5)
+    rows = maker["angle_rows"](net, torch.zeros(3, 1, 4, 4), [0.5, 2.0])
+    for row, sigma in zip(rows, (0.5, 2.0)):
+        assert row == pytest.approx([sigma, -1, 3], rel=1e-4)
+
+
+def test_angles_of_the_exact_score_of_one_image(maker):
+    """Data that is one point: the score is exactly the data score."""
+    x0 = torch.linspace(-1, 1, 16).reshape(1, 1, 4, 4)
+
+    def z_hat(x_hat, sigma):
+        return (x_hat - x0) / common.expand_like(sigma, x_hat)
+
+    ((_, cosine, ratio),) = maker["angle_rows"](common.ExactNet(z_hat, 0.5), x0, [0.3])
+    assert (cosine, ratio) == pytest.approx((1, 1), abs=1e-3)
+
+
+def test_the_paper_table_has_the_poster_beside_it(maker):
+    run = {
+        "ur_before": 10.6,
+        "ur_after": 3.0,
+        "ur_interval": [2.3, 3.9],
+        "ur_no_noise_after": 1.25,
+        "fd_before": 0.5,
+        "fd_after": 4.0,
+        "low_confidence_after": 22.0,
+        "class_min_ratio": 0.8,
+        "instead_other": 40.0,
+        "instead_unsure": 30.0,
+        "instead_noise": 25.0,
+        "instead_forgotten": 5.0,
+        "bpd_g": 1.6,
+        "bpd_f": 13.7,
+        "seconds": 900.2,
+    }
+    rows = {"standard": {"bpd_g": 1.34, "bpd_f": 1.39}, "3/ort/dsm/1500": run, "walk/x": {}}
+    _, _, standard, ort = maker["paper_lines"](rows)
+    assert standard.endswith("| 1.34 / 1.39 |  | 11.0, 2.82 / 2.78 |")
+    assert ort == (
+        "| 3/ort/dsm/1500 | 10.60 to 3.00 (2.3-3.9) | 1.25 | x8.00 | 22.0 | 0.80 "
+        "| 40 / 30 / 25 / 5 | 1.60 / 13.70 | 900 | 0.4, 3.92 / 13.23 |"
+    )
+    assert {line.count("|") for line in maker["paper_lines"](rows)} == {11}
 
 
 # ---- choosing a weight ---------------------------------------------------------------------------

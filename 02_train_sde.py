@@ -32,11 +32,11 @@ Predict, then run:
   3. What becomes of samples when training never sees sigma above 2? (--log-sigma -1 0.5 --wide 0)
 """
 
-import json
 import math
 import signal
+import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -197,6 +197,7 @@ class Model:
     shape: tuple  # (C, H, W) of the images
     data_key: int = 0  # of the training set, see common.data_key
     num_skipped: int = 0  # steps so far that were left out: their gradient was not finite
+    log: list = field(default_factory=list)  # the lines of log.jsonl so far
 
 
 def make_model(args, shape):
@@ -266,15 +267,17 @@ def objective(args, net, sde, x_g):
 def train(args, data, model, path, first_step, kept_steps, ctrl_c):
     """Show the network images at random noise levels and ask it for the noise, again and again.
 
-    path        of the checkpoint; log.jsonl and the grids of samples go beside it
+    path        of the checkpoint; its log and the grids of samples go beside it
     first_step  0, or the step to go on with
     kept_steps  of the training in `path`, which is replaced only by as many
     ctrl_c      CtrlC; when it is pressed the program ends after the step in progress
     """
     net = model.net
     sde = model.sde
-    log_path = path.with_name("log.jsonl")
-    start_log(log_path, first_step)
+    outdated = []  # files that go when `path` becomes another training
+    if first_step == 0 and kept_steps == 0:
+        names = ("log.jsonl", "command.txt")
+        outdated = [*map(path.with_name, names), *path.parent.glob("samples_*.png")]
     loss_sum = torch.zeros((), device=args.device)  # of the steps since the last printed line
     num_skipped = 0  # steps in a row whose gradient was not finite
     printed_steps = first_step  # how many steps were done when the last line was printed
@@ -298,7 +301,7 @@ def train(args, data, model, path, first_step, kept_steps, ctrl_c):
             common.average_over_ranks([loss_sum])
             mean_loss = loss_sum.item() / (done - printed_steps)
             steps_per_second = (done - printed_steps) / (time.time() - printed_at)
-            print_progress(args, log_path, done, mean_loss, steps_per_second, model.num_skipped)
+            print_progress(args, model, done, mean_loss, steps_per_second)
             printed_steps = done
             printed_at = time.time()
             loss_sum = torch.zeros_like(loss_sum)
@@ -306,7 +309,8 @@ def train(args, data, model, path, first_step, kept_steps, ctrl_c):
         # Before the samples, because sampling may fail, and what is trained should be safe by then.
         is_due = done % args.save_every == 0 or wants_samples or ctrl_c.signum
         if is_due and done >= kept_steps:
-            save(path, done, model, args)
+            save(path, done, model, args, outdated)
+            outdated = []
         if wants_samples and not ctrl_c.signum:
             show(args, data, model.ema.net, path.with_name(f"samples_{done:06d}.png"), done)
         if ctrl_c.signum:
@@ -317,49 +321,19 @@ def train(args, data, model, path, first_step, kept_steps, ctrl_c):
             raise SystemExit(128 + ctrl_c.signum)  # so that `02 && 03` goes no further
 
 
-def start_log(path, first_step):
-    """Begin a new log.jsonl, or keep the lines up to the step that --resume goes on from.
-
-    What came after that step, before a crash, is done again and would stand there twice.
-    """
-    if not common.is_first_process():
-        return
-    kept = []
-    if first_step and path.exists():
-        for line in path.read_text().splitlines():
-            if step_of(line) <= first_step:
-                kept.append(line + "\n")
-    # Beside it first, then in one move: a crash right here must not take the log.
-    with common.whole_file(path) as unfinished:
-        unfinished.write_text("".join(kept))
-
-
-def step_of(line):
-    """Return the step that a line of log.jsonl is about; infinity for a line that is cut off."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
-
-
-def print_progress(args, log_path, done, mean_loss, steps_per_second, num_skipped):
-    """Print a line and add one to log.jsonl: steps done, their mean loss, speed, time left.
-
-    num_skipped  how many of all steps were left out
-    """
+def print_progress(args, model, done, mean_loss, steps_per_second):
+    """Print a line and add it to the log: steps done, their mean loss, speed, time left."""
     images_per_second = steps_per_second * args.batch_size
     hours_left = (args.steps - done) / steps_per_second / 3600
     print(
         f"step {done}/{args.steps}  v-loss {mean_loss:.4f}  "
         f"{images_per_second:.0f} images/s  ETA {hours_left:.2f} h"
-        + common.skipped_text(num_skipped),
+        + common.skipped_text(model.num_skipped),
         flush=True,
     )
-    if common.is_first_process():
-        line = {"step": done, "loss": mean_loss, "images_per_s": images_per_second}
-        line["skipped_steps"] = num_skipped
-        with common.path_in_errors(log_path), log_path.open("a") as log:
-            log.write(common.json_line(line))
+    line = {"step": done, "loss": mean_loss, "images_per_s": images_per_second}
+    line["skipped_steps"] = model.num_skipped
+    model.log.append(common.json_line(line))
 
 
 class CtrlC:
@@ -395,25 +369,39 @@ class CtrlC:
 # ---- checkpoints ---------------------------------------------------------------------------------
 
 
-def save(path, step, model, args):
+def save(path, step, model, args, outdated):
     """Save everything a run is made of, so that --resume goes on as if nothing had happened.
 
-    The random state is part of it: data order, noise levels and noise all come from there.
+    The random state is part of it: data order, noise levels and noise all come from there. So is
+    the log. log.jsonl is a copy of it for other programs.
+
+    outdated  files of the training that was in `path`: they never stand beside another one
     """
-    common.save_checkpoint(
-        path,
-        arch=model.net.arch,
-        shape=model.shape,
-        model=model.net.state_dict(),
-        ema=model.ema.net.state_dict(),
-        optimizers=[optimizer.state_dict() for optimizer in model.optimizers],
-        step=step,
-        skipped_steps=model.num_skipped,
-        data=[model.data_key],
-        rng=torch.get_rng_state(),
-        args=vars(args),
-        torch=str(torch.__version__),
-    )
+    if not common.is_first_process():
+        return
+    with common.whole_file(path.with_name("log.jsonl")) as unfinished:
+        unfinished.write_text("".join(model.log))
+        # The checkpoint takes its place first, then the log: it is never ahead of its checkpoint.
+        common.save_checkpoint(
+            path,
+            outdated=outdated,
+            arch=model.net.arch,
+            shape=model.shape,
+            model=model.net.state_dict(),
+            ema=model.ema.net.state_dict(),
+            optimizers=[optimizer.state_dict() for optimizer in model.optimizers],
+            step=step,
+            skipped_steps=model.num_skipped,
+            log=model.log,
+            data=[model.data_key],
+            rng=torch.get_rng_state(),
+            args=vars(args),
+            torch=str(torch.__version__),
+        )
+    if args.without:
+        # 04 and 05 name it if the model is damaged. The base is made by a plainer command.
+        with common.whole_file(path.with_name("command.txt")) as unfinished:
+            unfinished.write_text(f"{args.command}\n")
 
 
 def resume(path, model, args, train_set):
@@ -446,6 +434,9 @@ def resume(path, model, args, train_set):
             "give as many or more"
         )
     common.warn_of_other_data(path, checkpoint.get("data"), train_set, command)
+    if model.log and common.is_first_process():  # a kill between two moves may have left none
+        with common.whole_file(path.with_name("log.jsonl")) as unfinished:
+            unfinished.write_text("".join(model.log))
     print(f"resumed {path} at step {checkpoint['step']}")
     return int(checkpoint["step"])
 
@@ -515,6 +506,7 @@ def restore(model, checkpoint):
     # Without this the average would take itself for new, and forget faster than it should.
     model.ema.num_updates = int(checkpoint["step"])
     model.num_skipped = int(checkpoint.get("skipped_steps", 0))
+    model.log = [str(line) for line in checkpoint.get("log", [])]
     # strict: with one state too few an optimizer would start anew, and nobody would notice.
     for optimizer, state in zip(model.optimizers, checkpoint["optimizers"], strict=True):
         optimizer.load_state_dict(state)
@@ -561,25 +553,25 @@ def steps_to_keep(args, path):
     """Return how many steps the training in `path` has that this run begins again; 0 if none.
 
     Until the new one has come as far, the old one stays. Exits with one line if the new one is
-    another training, or is to be shorter: only --overwrite replaces such a file.
+    another training, or is to be shorter, or if the file is not of this project or damaged: only
+    --overwrite replaces such a file.
     """
-    if args.quick or args.overwrite or args.resume or not path.exists():
+    if args.overwrite or args.resume or not path.exists():
         return 0
-    try:
-        content = common.read_torch_file(path)
-        known = content.get("args") or {}
-        num_steps = int(content.get("step") or 0)
-    except Exception:  # damaged: half a dozen types, and nothing that could be lost
-        print(f"{path} cannot be read: it is replaced")
+    content = common.load_checkpoint(path, args.command)
+    if args.quick:  # it shows that the code works, and is nothing to keep
         return 0
+    known = content.get("args")
+    num_steps = content.get("step")
+    is_known = isinstance(known, dict) and isinstance(num_steps, int)
 
     # The place of the data may change while a training is stopped, but not be another from the
     # first step on.
-    differences = differing_flags(args, known, ("data_dir", *TRAINING_FLAGS))
-    if num_steps > args.steps:
+    differences = ["its flags are not known"]
+    if is_known:
+        differences = differing_flags(args, known, ("data_dir", *TRAINING_FLAGS))
+    if is_known and num_steps > args.steps:
         differences.append(f"--steps was {num_steps} and is now {args.steps}")
-    if not known:
-        differences.append("its flags are not known")
     if differences:
         common.exit_with_error(
             f"{path} holds another training ({', '.join(differences)}): go on with that by "
@@ -712,6 +704,13 @@ def next_command(args, classes):
     return common.command_line("03_unlearn.py", args, *flags)
 
 
+def remake_command(argv):
+    """Return the command that makes the same checkpoint again from the first step on."""
+    argv = sys.argv[1:] if argv is None else argv
+    same = [flag for flag in argv if flag not in ("--resume", "--overwrite")]
+    return common.own_command("02_train_sde.py", same, "--overwrite")
+
+
 def main(argv=None):
     """Train the Standard model, or the judge, or measure the model that is there."""
     args = arguments(argv)
@@ -734,15 +733,11 @@ def main(argv=None):
         args.method = "unseen"
         args.forget = data.forget_names
     path = checkpoint_path(args, data.forget_names)
-    common.refuse_unwritable(path, path.with_name("log.jsonl"))
+    args.command = remake_command(argv)
+    common.refuse_unwritable(path, path.with_name("log.jsonl"), path.with_name("command.txt"))
 
     with common.locked(path):  # two trainings must not write one file in turns
         kept_steps = steps_to_keep(args, path)
-        if args.without and not args.resume and common.is_first_process():
-            # 04 and 05 name it if the model is damaged. The base is made by a plainer command.
-            command = common.own_command("02_train_sde.py", argv)
-            path.with_name("command.txt").write_text(f"{command}\n")
-
         # ---- model: from scratch
         model = make_model(args, data.images.shape[1:])
         model.data_key = common.data_key(train_set)

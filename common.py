@@ -2803,11 +2803,13 @@ def path_in_errors(path):
 
 
 @contextlib.contextmanager
-def whole_file(path):
+def whole_file(path, outdated=()):
     """Write a file as a whole or not at all: `with whole_file(path) as unfinished:`.
 
     The block writes the file `unfinished`, which then takes the place of `path`. After an exception
     `path` is as it was.
+
+    outdated  files that belong to the old `path` and go with it, whether they exist or not
     """
     path = Path(path)
     # In the same folder: os.replace is one indivisible move only within a file system. The process
@@ -2816,24 +2818,27 @@ def whole_file(path):
     try:
         with path_in_errors(path):
             yield unfinished
+            # Before it, or a program that is killed in between would leave them beside the new one.
+            for file in outdated:
+                file.unlink(missing_ok=True)
             os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
-def save_checkpoint(path, **content):
+def save_checkpoint(path, outdated=(), **content):
     """Write a plain dict of tensors, numbers, strings and lists into one file.
 
     A crash leaves the old file or the new one, never half of one. Of several processes the first
-    one writes. Raises OSError if the disk is full.
+    one writes. Raises OSError if the disk is full. For `outdated` see whole_file.
     """
     if is_first_process():
-        write_torch_file(path, content)
+        write_torch_file(path, content, outdated)
 
 
-def write_torch_file(path, content):
+def write_torch_file(path, content, outdated=()):
     """Write what torch.save can write, whole or not at all and in every process that calls it."""
-    with whole_file(path) as unfinished:
+    with whole_file(path, outdated) as unfinished:
         unfinished.touch()  # a folder that cannot be written to: an OSError that says why
         try:
             torch.save(content, unfinished)

@@ -87,15 +87,18 @@ def test_resume_goes_on_with_more_steps_and_other_habits(tmp_path):
     assert torch.load(quick(tmp_path) / "mnist/base.pt", weights_only=True)["step"] == 6
 
 
-def test_resume_takes_steps_out_of_the_log_that_come_again(tmp_path):
-    """A crash has left lines of steps after the checkpoint, and a line that is cut off."""
+@pytest.mark.parametrize("left", [None, "", '{"step": 2}\n{"step": 4}\n{"step": 5}\n{"st'])
+def test_resume_goes_on_with_the_log_of_its_checkpoint(tmp_path, left):
+    """Whatever a crash has left of log.jsonl, and also if nothing is left to be trained."""
     check_success(train(tmp_path))
     log = quick(tmp_path) / "mnist/log.jsonl"
-    lines = [json.dumps({"step": step, "loss": 0.5}) for step in (2, 4, 5, 6)]
-    log.write_text("\n".join(lines) + '\n{"step": 7, "lo')
-    check_success(train(tmp_path, "--resume", **{"--steps": 6}))
-    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
-    assert steps == [2, 4, 6]
+    log.unlink()
+    if left is not None:
+        log.write_text(left)
+    for num_steps, expected in ((4, [4]), (6, [4, 6])):
+        check_success(train(tmp_path, "--resume", **{"--steps": num_steps}))
+        steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+        assert steps == expected
 
 
 # ---- numbers that are none -----------------------------------------------------------------------

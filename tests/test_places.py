@@ -110,10 +110,33 @@ def test_a_base_without_arguments_is_not_replaced(tmp_path, base):
     check_refusal(run_script("02", *TRAINING, "--steps", 9, "--out", tmp_path), "--overwrite")
 
 
-def test_a_damaged_base_is_replaced(tmp_path, base):
-    base.write_bytes(base.read_bytes()[:1000])
-    check_success(run_script("02", *TRAINING, "--steps", 1, "--out", tmp_path))
+def test_a_damaged_base_is_replaced_only_by_overwrite(tmp_path, base):
+    damaged = base.read_bytes()[:1000]
+    base.write_bytes(damaged)
+    run = run_script("02", *TRAINING, "--steps", 1, "--out", tmp_path)
+    check_refusal(run, str(base), "--overwrite")
+    assert base.read_bytes() == damaged
+    check_success(run_script("02", *TRAINING, "--steps", 1, "--overwrite", "--out", tmp_path))
     assert torch.load(base, weights_only=True)["step"] == 1
+
+
+FOREIGN = {
+    "a list": [1, 2],
+    "of another project": {"state_dict": {"weight": torch.zeros(2)}, "epoch": 3},
+    "step is a word": {"arch": {}, "ema": {}, "args": {}, "step": "two"},
+    "args are a number": {"arch": {}, "ema": {}, "args": 7, "step": 1},
+}
+
+
+@pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN)
+def test_a_foreign_file_in_the_place_of_the_base_is_not_replaced(tmp_path, content):
+    path = tmp_path / "mnist/base.pt"
+    path.parent.mkdir()
+    torch.save(content, path)
+    before = path.read_bytes()
+    run = run_script("02", *TRAINING, "--steps", 1, "--out", tmp_path)
+    check_refusal(run, str(path), "--overwrite")
+    assert path.read_bytes() == before
 
 
 def test_the_old_training_stays_until_the_new_one_has_come_as_far(tmp_path, base, monkeypatch):

@@ -1,8 +1,11 @@
 """Training helpers: average, rates, guard, Muon, checkpoints; and 02's resume, bit for bit."""
 
 import argparse
+import itertools
 import json
 import math
+import os
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -449,6 +452,84 @@ def test_resume_is_bit_exact(tmp_path, monkeypatch):
     assert same_weights(whole["model"], parts["model"]), "the weights differ"
     assert same_weights(whole["ema"], parts["ema"]), "the averages differ"
     assert not same_weights(whole["model"], whole["ema"]), "the average is the weights themselves"
+
+
+# ---- 02: the log and the samples belong to the checkpoint beside them ----------------------------
+
+SMALL = ("--quick", "--batch-size", 4, "--width", 8, "--steps", 3, "--sample-every", 2)
+
+
+def test_the_files_of_a_training_stay_until_another_one_takes_its_place(tmp_path, monkeypatch):
+    """Then they go, its samples too: the first run has drawn some after 2 steps, the second not."""
+
+    def crash(*_):
+        raise SystemExit(9)
+
+    flags = (*SMALL, "--without", 3, "--out", tmp_path)
+    check_success(run_script("02", *flags))
+    (model,) = tmp_path.rglob("model.pt")
+    before = {path.name: path.read_bytes() for path in model.parent.iterdir()}
+    assert set(before) >= {"log.jsonl", "command.txt", "samples_000002.png"}
+    again = (*flags, "--sample-every", 3, "--overwrite")
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "guarded_step", crash)
+        assert run_script("02", *again).status == 9
+    assert {path.name: path.read_bytes() for path in model.parent.iterdir()} == before
+    check_success(run_script("02", *again))
+    names = {path.name for path in model.parent.iterdir()}
+    assert names == {"model.pt", "log.jsonl", "command.txt", "samples_000003.png"}
+    assert "--sample-every 3" in (model.parent / "command.txt").read_text()
+
+
+@pytest.fixture
+def write_training(tmp_path):
+    """The function write_training(name, step, outdated): save a training with a log of its own."""
+    script = load_script("02")
+    path = tmp_path / "model.pt"
+
+    def write(name, step, outdated):
+        net = nn.Linear(1, 1)
+        net.arch = {}
+        model = script["Model"](net, argparse.Namespace(net=net), [], None, (1, 8, 8))
+        model.log = [f"{name} {k}\n" for k in range(step)]
+        args = argparse.Namespace(without=["3"], command=name)
+        script["save"](path, step, model, args, outdated)
+
+    return write
+
+
+@pytest.mark.parametrize("is_other", [True, False], ids=["another training", "the same"])
+@pytest.mark.parametrize("moment", range(12))
+def test_whenever_02_is_killed_its_files_belong_together(
+    tmp_path, monkeypatch, write_training, is_other, moment
+):
+    """It ends before its first move or removal of a file, its second, and so on: SIGKILL."""
+    write_training("first", 3, [])
+    picture = tmp_path / "samples_000003.png"
+    picture.write_text("first")
+    outdated = [tmp_path / "log.jsonl", tmp_path / "command.txt", picture] if is_other else []
+    operations = itertools.count()
+
+    def mortal(function):
+        def call(*args, **options):
+            if next(operations) >= moment:
+                raise SystemExit(9)  # the dead do nothing more
+            function(*args, **options)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", mortal(os.replace))
+        patch.setattr(Path, "unlink", mortal(Path.unlink))
+        run_function(write_training, "second" if is_other else "first", 5, outdated)
+    content = torch.load(tmp_path / "model.pt", weights_only=True)
+    owner = content["args"]["command"]
+    for path in tmp_path.glob("[!.]*"):
+        if path.suffix in (".jsonl", ".txt", ".png"):
+            assert path.read_text().startswith(owner), f"{path.name} beside the {owner}"
+    log = tmp_path / "log.jsonl"
+    if log.exists():
+        assert "".join(content["log"]).startswith(log.read_text())
 
 
 # ---- 02: what a step trains on -------------------------------------------------------------------

@@ -4,6 +4,7 @@ And its table: every kept command names every hyper-parameter, so that other def
 do not change what it means.
 """
 
+import itertools
 import math
 import runpy
 import shutil
@@ -312,7 +313,10 @@ def test_a_run_that_was_stopped_goes_on(maker, tmp_path):
             raise KeyboardInterrupt
         leave_a_run(folder)
 
-    maker["load_script"] = lambda number: {"main": main}
+    def load_script(number):
+        return {"main": main}
+
+    maker["load_script"] = load_script
     for steps in (4, 5):
         with pytest.raises(KeyboardInterrupt):
             maker["execute"]("group/one", f"python 03_unlearn.py --steps {steps}")
@@ -325,7 +329,11 @@ def test_a_run_that_was_stopped_goes_on(maker, tmp_path):
 
 def test_a_run_whose_entry_is_taken_out_is_made_again(maker, tmp_path):
     argv = ("--forget", 3, "--method", "unseen", "--n", 10, "--nfe", 2)
-    more = {"figures": lambda net: {"width": net.arch["width"]}, "quick": True}
+
+    def figures(net):
+        return {"width": net.arch["width"]}
+
+    more = {"figures": figures, "quick": True}
     first = maker["run"]("group/one", *argv, **more)
     assert first["width"] == maker["load_standard"]().arch["width"]
     (tmp_path / "tables.json").unlink()
@@ -379,7 +387,7 @@ def paper_world(maker):
         asked[name] = ["--sde", sde, "--steps", str(steps)]
 
     maker.update(run=run, run_standard=run_standard, measure_shipped=lambda **how: None)
-    maker["load"] = lambda: {"paper/standard": STANDARD_BITS}
+    maker.update(load=lambda: {"paper/standard": STANDARD_BITS})
     return asked, maker
 
 
@@ -387,8 +395,9 @@ def test_the_paper_group_runs_every_row_with_the_alpha_of_its_walk(paper_world):
     asked, maker = paper_world
     maker["group_paper"](("3",))
     rows = {name: argv for name, argv in asked.items() if not name.startswith("paper/walk/")}
-    paper_methods = [f"{method}/{retain}" for method in ("ort", "obt") for retain in RETAINS]
-    expected = {f"paper/3/{label}/{steps}" for label in paper_methods for steps in (1500, 5000)}
+    labels = [f"{method}/{retain}" for method, retain in itertools.product(("ort", "obt"), RETAINS)]
+    expected = {f"paper/3/{label}/1500" for label in labels}
+    expected |= {f"paper/3/{label}/5000" for label in labels}
     rivals = ("erasediff", "unseen", "obt-rel", "obt-rel/uniform-t")
     assert set(rows) == expected | {f"paper/3/{label}/1500" for label in rivals}
     for name, argv in rows.items():

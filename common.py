@@ -56,6 +56,7 @@ Papers that are cited by the names of their authors
 
 import argparse
 import atexit
+import collections
 import contextlib
 import copy
 import errno
@@ -70,6 +71,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 import zipfile
 import zlib
 from datetime import timedelta
@@ -1920,8 +1922,11 @@ def _read_idx(root, name):
     if content[:3] != b"\0\0\x08":
         raise ValueError(f"{path} is no idx file of bytes")
     num_dims = content[3]
-    shape = np.frombuffer(content, ">i4", count=num_dims, offset=4)
+    shape = np.frombuffer(content, ">u4", count=num_dims, offset=4).tolist()
     array = np.frombuffer(content, np.uint8, offset=4 + 4 * num_dims)
+    # As numbers of Python, which never overflow. For reshape -1 would mean: as many as there are.
+    if math.prod(shape) != len(array):
+        raise ValueError(f"{path} says {shape} and has {len(array)} bytes")
     # A copy, because frombuffer gives a read-only view and PyTorch warns about those.
     return array.reshape(shape).copy()
 
@@ -2010,7 +2015,7 @@ SOURCE_FOLDERS = {
 }
 
 # What decoding does is a part of every key: change this when _as_seen or _decode changes.
-DECODER = "2"
+DECODER = "3"
 
 
 def _source_key(name, root):
@@ -2022,10 +2027,11 @@ def _source_key(name, root):
     folder = root / SOURCE_FOLDERS[name]
     digest = hashlib.sha256()
     is_empty = True
-    for path in list_files(folder):
+    files, _ = list_files(folder)
+    for path in files:
         if name == "folder" and path.parent == folder:  # no class; our own files may lie there
             continue
-        status = path.stat()
+        status = path.stat() if path.exists() else path.lstat()  # a link to nothing
         line = f"{path.relative_to(folder)}|{status.st_size}|{status.st_mtime_ns}\n"
         digest.update(line.encode("utf-8", "surrogateescape"))
         is_empty = False
@@ -2033,21 +2039,61 @@ def _source_key(name, root):
 
 
 def list_files(folder):
-    """Return the paths of all files in a folder and in its sub-folders, at any depth, sorted.
+    """List all files in a folder and in its sub-folders, at any depth, each real file once.
 
-    Hidden files and folders, and what macOS puts into its archives, are no one's pictures.
+    Returns (paths, links that were left out). A link is left out if it leads to a folder above
+    `folder`, or to what is in the list already; what is reached without a link comes first. Hidden
+    files and folders, and what macOS puts into its archives, are no one's pictures.
     """
+    root = Path(os.path.realpath(folder))
     found = []
-    seen = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not is_hidden(name))
+    left_out = []
+    seen = set()  # the real paths of files and folders
+    places = collections.deque([Path(folder)])
+    while places:
+        place = places.popleft()
         real = os.path.realpath(place)
-        if real in seen:  # a link that leads back
+        if seen and (real in seen or root.is_relative_to(real)):
+            left_out.append(place)
+        elif os.path.isdir(real):
+            files, links = _walk(place, seen)
+            found += files
+            places += links  # they wait for all others
+        else:  # a file, or nothing: whoever reads it will say so
+            seen.add(real)
+            found.append(place)
+    return found, left_out
+
+
+def _walk(folder, seen):
+    """List (files, links) below a folder, follow no link, and add their real paths to `seen`."""
+    files = []
+    links = []
+    for place, folders, names in os.walk(folder, onerror=_raise_if_forbidden):
+        real = os.path.realpath(place)
+        if real in seen:
             folders.clear()
             continue
         seen.add(real)
-        found += [Path(place) / name for name in sorted(names) if not is_hidden(name)]
-    return found
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        for name in sorted(names):
+            path = Path(place) / name
+            if is_hidden(name):
+                continue
+            if path.is_symlink():
+                links.append(path)
+            else:
+                files.append(path)
+                seen.add(os.path.join(real, path.name))
+        # os.walk does not go into these.
+        links += [Path(place) / name for name in folders if os.path.islink(f"{place}/{name}")]
+    return files, links
+
+
+def _raise_if_forbidden(error):
+    """Let a folder that may not be read end os.walk, which would pass over it without a word."""
+    if isinstance(error, PermissionError):
+        raise error
 
 
 def is_hidden(name):
@@ -2081,9 +2127,18 @@ def _read_cached(file, source_key):
         return None
     # "c" is copy on write: nothing that is written to the tensor reaches the file.
     images = np.load(file, mmap_mode="c")
-    if len(images) != len(labels) or _checksum(images) != checksum:
+    if len(images) != len(labels):
+        return None
+    if checksum != _checksum_of_all(_checksum(images), labels, classes, made_of):
         return None
     return images, labels, classes
+
+
+def _checksum_of_all(checksum, labels, classes, source_key):
+    """Go on with the checksum of decoded images over all that is kept beside them."""
+    text = f"{labels.dtype} {labels.shape} {classes} {source_key}"
+    checksum = zlib.crc32(text.encode("utf-8", "surrogateescape"), checksum)
+    return zlib.crc32(np.ascontiguousarray(labels), checksum)
 
 
 def _checksum(images):
@@ -2171,33 +2226,39 @@ class PictureFolder:
 
     def __init__(self, root):
         self.root = Path(root)
+        files, links = list_files(self.root)
         folders = [path for path in sorted(self.root.iterdir()) if path.is_dir()]
+        folders = [path for path in folders if path not in links]
         self.classes = [path.name for path in folders if not is_hidden(path.name)]
         if not self.classes:
             raise ValueError("there is no sub-folder; one for each class is needed")
         self.samples = []  # pairs (path, label)
-        others = {}  # what is no picture: suffix -> how many
-        for label, name in enumerate(self.classes):
-            num_before = len(self.samples)
-            for path in list_files(self.root / name):
-                suffix = path.suffix.lower() or path.name
-                if suffix in PICTURE_SUFFIXES:
-                    self.samples.append((path, label))
-                else:
-                    others[suffix] = others.get(suffix, 0) + 1
-            if len(self.samples) == num_before:
-                raise ValueError(f"class '{name}' has no picture; it may be removed")
-        # A picture beside the folders of the classes belongs to no class.
-        loose = [path for path in self.root.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES]
-        self.report(others, len([path for path in loose if not is_hidden(path.name)]))
-
-    def report(self, others, num_loose):
-        """Print what is left out: {suffix: how many}, and how many pictures without a class."""
-        parts = [f"{count} of '{suffix}'" for suffix, count in sorted(others.items())]
-        if num_loose:
-            parts.append(f"{num_loose} pictures beside the folders of the classes")
-        if parts:
+        labels = {name: label for label, name in enumerate(self.classes)}
+        left_out = collections.Counter()  # kind -> how many
+        for path in files:
+            suffix = path.suffix.lower() or path.name
+            is_picture = suffix in PICTURE_SUFFIXES
+            is_loose = path.parent == self.root  # beside the folders of the classes
+            if is_picture and not is_loose:
+                label = labels[path.relative_to(self.root).parts[0]]
+                self.samples.append((path, label))
+            elif is_picture:
+                left_out["pictures beside the folders of the classes"] += 1
+            elif not is_loose:
+                left_out[f"of '{suffix}'"] += 1
+        for path in links:
+            left_out[f"link to what is there already ({path.relative_to(self.root)})"] += 1
+        self.refuse_empty_class()
+        if left_out:
+            parts = [f"{count} {kind}" for kind, count in sorted(left_out.items())]
             print(f"{self.root}: left out, as no pictures of a class: {', '.join(parts)}")
+
+    def refuse_empty_class(self):
+        """Raise ValueError if a class has no picture."""
+        labels = {label for _, label in self.samples}
+        for label, name in enumerate(self.classes):
+            if label not in labels:
+                raise ValueError(f"class '{name}' has no picture; it may be removed")
 
     def __len__(self):
         return len(self.samples)
@@ -2211,12 +2272,28 @@ def read_picture(path):
     """Read a picture of any format and kind as a PIL picture of 8-bit RGB, as a viewer shows it.
 
     It stands upright, as the camera was held. What is transparent becomes white. 16 bits become 8,
-    and numbers of any range become 0 to 255. Raises many kinds of exception if it is broken.
+    and numbers of any range become 0 to 255. Raises many kinds of exception if it is broken, and
+    ValueError with a reason if it is no picture to work with.
     """
     from PIL import Image
 
-    with Image.open(path) as picture:
-        return _as_seen(picture)
+    if not Path(path).is_file():  # a pipe would be waited for, without end
+        raise ValueError("no file, or a link to nothing")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PIL says much about files that it reads all the same
+        try:
+            with Image.open(path) as picture:
+                _refuse_sides(*picture.size)
+                return _as_seen(picture)
+        except Image.DecompressionBombError as error:
+            limit = 2 * Image.MAX_IMAGE_PIXELS
+            raise ValueError(f"more than {limit:,} pixels") from error
+
+
+def _refuse_sides(width, height):
+    """Raise ValueError if a picture has no pixels, or is a line that scaling would make huge."""
+    if min(width, height) == 0 or max(width, height) > 1000 * min(width, height):
+        raise ValueError(f"{width:,} x {height:,} pixels")
 
 
 def _as_seen(picture):
@@ -2271,7 +2348,9 @@ def _to_range_of_bytes(values, has_16_bits):
         limits.remove(1)
     if has_16_bits:
         limits = [65535]
-    values = np.nan_to_num(values.astype(np.float64))
+    values = values.astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("values that are not finite")
     highest = max(values.max(), 0)
     limit = next((limit for limit in limits if highest <= limit), highest)
     return (values.clip(0) * 255 / limit).round().astype(np.uint8)
@@ -2296,12 +2375,14 @@ def _decode(source, cache, size, crop, source_key=""):
     unfinished = cache.with_name(f"{cache.stem}.npy.tmp{os.getpid()}")
     notes = cache.with_name(f"{cache.stem}.npz.tmp{os.getpid()}")
     try:
+        classes = _class_names(source)
         labels, checksum = _decode_images(source, unfinished, size, crop)
+        checksum = _checksum_of_all(checksum, labels, classes, source_key)
         with notes.open("wb") as file:  # given a path, savez would put .npz behind it
             np.savez(
                 file,
                 labels=labels,
-                classes=np.array(_class_names(source)),
+                classes=np.array(classes),
                 source=np.array(source_key),
                 checksum=np.array(checksum),
             )
@@ -2334,7 +2415,8 @@ def _decode_images(source, path, size, crop):
             picture, label = source[i]
             pixels = to_tensor(picture).numpy()
         except Exception as error:  # what is no picture, or half of one, raises half a dozen types
-            broken.append(f"{_picture_path(source, i)} ({type(error).__name__})")
+            reason = str(error) if type(error) is ValueError else type(error).__name__
+            broken.append(f"{_picture_path(source, i)} ({reason})")
             continue
         if images is None:
             shape = (num_images, *pixels.shape)

@@ -349,6 +349,39 @@ def test_fashion_mnist_idx_plain_and_gz(tmp_path, monkeypatch, compress):
     assert np.array_equal(data.images[3, 0].numpy(), written)
 
 
+DAMAGED_IDX = {
+    "a count of -1": [255] * 4,
+    "a count too large": [0, 0, 0, 61],
+    "a count too small": [0, 0, 0, 59],
+    "a count that overflows": [127, 255, 255, 255],
+}
+
+
+@pytest.mark.parametrize("compress", [True, False])
+@pytest.mark.parametrize("part", ["images-idx3", "labels-idx1"])
+@pytest.mark.parametrize("count", DAMAGED_IDX.values(), ids=DAMAGED_IDX)
+def test_an_idx_file_of_another_length_is_one_line(tmp_path, monkeypatch, compress, part, count):
+    write_fashion_mnist(tmp_path / "any", monkeypatch, compress)
+    (path,) = (tmp_path / "any").glob(f"train-{part}*")
+    opener = gzip.open if compress else open
+    with opener(path, "rb") as file:
+        content = bytearray(file.read())
+    content[4:8] = bytes(count)
+    with opener(path, "wb") as file:
+        file.write(content)
+    run = run_function(common.load_dataset, "fashion_mnist", tmp_path / "any")
+    check_refusal(run, path.name, "bytes", "fetch them again")
+
+
+@pytest.mark.parametrize("length", [0, 3, 4, 9, 15])
+def test_an_idx_file_without_its_header_is_one_line(tmp_path, monkeypatch, length):
+    write_fashion_mnist(tmp_path / "any", monkeypatch, compress=False)
+    path = tmp_path / "any/train-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:length])
+    run = run_function(common.load_dataset, "fashion_mnist", tmp_path / "any")
+    check_refusal(run, "fetch them again")
+
+
 def test_folder_notices_new_pictures(tmp_path, monkeypatch):
     """Ten more pictures are nine more to train with: every tenth is put aside for the test."""
     write_folder(tmp_path / "data", monkeypatch)

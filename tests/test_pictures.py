@@ -2,7 +2,9 @@
 
 import errno
 import os
+import struct
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -345,6 +347,68 @@ def test_a_class_without_pictures_is_named(tmp_path):
     check_refusal(read_folder(tmp_path), "'b' has no picture")
 
 
+# ---- links ---------------------------------------------------------------------------------------
+
+
+def class_sizes(root):
+    """How many pictures each class has, in both parts together."""
+    train, test = common.load_train_and_test("folder", root)
+    counts = torch.bincount(torch.cat([train.labels, test.labels]), minlength=len(train.classes))
+    return dict(zip(train.classes, counts.tolist()))
+
+
+LINKS_ABOVE = {
+    "its own class": ("a/again", "a"),
+    "the data root": ("a/root", "."),
+    "above the data root": ("a/up", ".."),
+    "the root beside the classes": ("again", "."),
+    "another class": ("a/more", "b"),
+    "another class as a class": ("c", "b"),
+    "a picture of its class": ("a/again.png", "a/00.png"),
+    "a picture of another class": ("a/more.png", "b/00.png"),
+}
+
+
+@pytest.mark.parametrize("link, target", LINKS_ABOVE.values(), ids=LINKS_ABOVE)
+def test_a_link_to_what_is_there_already_is_left_out_and_said(tmp_path, link, target):
+    root = tmp_path / "data"
+    write_pictures(root, {"a": 10, "b": 20})
+    write_pictures(tmp_path, {"elsewhere": 10})
+    (root / link).symlink_to((root / target).resolve())
+    run = read_folder(root)
+    check_success(run)
+    assert f"1 link to what is there already ({link})" in run.out
+    assert class_sizes(root) == {"a": 10, "b": 20}
+
+
+def test_links_to_elsewhere_are_followed_once(tmp_path):
+    """Classes and pictures may lie elsewhere, links may lead to each other in a ring."""
+    root = tmp_path / "data"
+    write_pictures(tmp_path / "elsewhere", {"cats": 10, "cats/more": 10})
+    write_pictures(root, {"b": 10})
+    (root / "cat").symlink_to(tmp_path / "elsewhere/cats")
+    (root / "cat/back").symlink_to(root / "b")
+    (root / "b/ring").symlink_to(root / "cat")
+    (root / "b/one.png").symlink_to(tmp_path / "elsewhere/one.png")
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "elsewhere/one.png")
+    assert class_sizes(root) == {"b": 11, "cat": 20}
+
+
+@pytest.mark.parametrize("target", ["nowhere.png", "gone.png"])
+def test_a_link_to_nothing_is_an_unreadable_picture(tmp_path, target):
+    write_pictures(tmp_path, {"a": 10, "b": 10})
+    (tmp_path / "a/gone.png").symlink_to(target)  # gone.png: a link to itself
+    check_refusal(
+        read_folder(tmp_path), "1 unreadable", "a/gone.png (no file, or a link", "mend the"
+    )
+
+
+def test_a_pipe_is_an_unreadable_picture(tmp_path):
+    write_pictures(tmp_path, {"a": 10, "b": 10})
+    os.mkfifo(tmp_path / "a/pipe.png")
+    check_refusal(read_folder(tmp_path), "1 unreadable", "a/pipe.png")
+
+
 # ---- where decoded pictures are kept -------------------------------------------------------------
 
 
@@ -429,6 +493,20 @@ def test_a_damaged_cache_is_decoded_again(tmp_path, suffix):
     assert torch.equal(before.labels, after.labels)
 
 
+def test_labels_of_another_decoding_are_decoded_again(tmp_path):
+    """The file of labels is whole, but the labels are not those of these images."""
+    write_pictures(tmp_path, {"a": 10, "b": 10})
+    before = common.load_dataset("folder", tmp_path)
+    path = tmp_path / "folder-all.npz"
+    with np.load(path) as notes:
+        content = dict(notes)
+    for key, value in (("labels", content["labels"][::-1]), ("classes", np.array(["b", "a"]))):
+        np.savez(path, **{**content, key: value})
+        after = common.load_dataset("folder", tmp_path)
+        assert after.classes == before.classes
+        assert torch.equal(before.labels, after.labels), key
+
+
 def test_decoded_pictures_serve_without_the_originals(tmp_path):
     write_pictures(tmp_path, {"a": 10, "b": 10})
     before = common.load_dataset("folder", tmp_path)
@@ -442,3 +520,43 @@ def test_a_float_picture_of_minus_one_is_black(tmp_path):
     Image.fromarray(np.full((40, 40), -1, np.float32)).save(tmp_path / "below.tif")
     picture = common.read_picture(tmp_path / "below.tif")
     assert np.asarray(picture).max() == 0
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_a_float_picture_that_is_not_finite_is_named(tmp_path, value):
+    write_pictures(tmp_path, {"a": 10, "b": 10})
+    pixels = np.full((40, 40), 0.5, np.float32)
+    pixels[3, 4] = value
+    Image.fromarray(pixels).save(tmp_path / "a/hot.tif")
+    check_refusal(read_folder(tmp_path), "1 unreadable", "a/hot.tif (values that are not finite)")
+
+
+def png_of(width, height):
+    """The first bytes of a PNG of this size: all that is read before the pixels are."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    pixels = zlib.compress(bytes(1000))
+    data = b"IDAT" + pixels
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk
+        + struct.pack(">I", len(pixels))
+        + data
+        + struct.pack(">I", zlib.crc32(data))
+    )
+
+
+@pytest.mark.parametrize("size", [(0, 0), (0, 40), (40000, 30000), (100000, 1), (2**31 - 1, 2)])
+def test_a_picture_of_a_senseless_size_is_named(tmp_path, size):
+    write_pictures(tmp_path, {"a": 10, "b": 10})
+    (tmp_path / "a/000.png").write_bytes(png_of(*size))
+    check_refusal(read_folder(tmp_path), "1 unreadable", "a/000.png (")
+
+
+def test_a_large_picture_is_read_without_a_word(tmp_path):
+    """PIL warns on stderr of a picture with more than 89 million pixels, such as a scan."""
+    write_pictures(tmp_path, {"a": 10, "b": 10})
+    Image.new("1", (10000, 9000)).save(tmp_path / "a/scan.png")
+    run = read_folder(tmp_path)
+    check_success(run)
+    assert run.err == ""

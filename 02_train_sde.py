@@ -32,7 +32,6 @@ Predict, then run:
   3. What becomes of samples when training never sees sigma above 2? (--log-sigma -1 0.5 --wide 0)
 """
 
-import math
 import signal
 import sys
 import time

@@ -32,8 +32,6 @@ Predict, then run:
   3. What becomes of samples when training never sees sigma above 2? (--log-sigma -1 0.5 --wide 0)
 """
 
-import signal
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,8 +112,7 @@ def refuse(args):
         common.exit_with_error(
             "--judge and --measure of celeba are about attributes: name them, e.g. --without bangs"
         )
-    if args.resume and args.overwrite:
-        common.exit_with_error("--resume goes on and --overwrite begins again: give one of them")
+    common.refuse_resume_and_overwrite(args)
     if args.width and args.width % 8:
         common.exit_with_error(
             f"--width {args.width}: a multiple of 8 is needed, for the groups of its norms"
@@ -269,7 +266,7 @@ def train(args, data, model, path, first_step, kept_steps, ctrl_c):
     path        of the checkpoint; its log and the grids of samples go beside it
     first_step  0, or the step to go on with
     kept_steps  of the training in `path`, which is replaced only by as many
-    ctrl_c      CtrlC; when it is pressed the program ends after the step in progress
+    ctrl_c      common.CtrlC; when it is pressed the program ends after the step in progress
     """
     net = model.net
     sde = model.sde
@@ -335,36 +332,6 @@ def print_progress(args, model, done, mean_loss, steps_per_second):
     model.log.append(common.json_line(line))
 
 
-class CtrlC:
-    """Remember that Ctrl-C was pressed, so that training can stop after the step in progress.
-
-    A checkpoint then always holds a whole number of steps. `kill` and a closed terminal do the same
-    as Ctrl-C: `with CtrlC() as ctrl_c:` listens to all three until its end.
-    """
-
-    def __init__(self):
-        self.signum = 0  # number of the signal that came, or 0
-        self.handlers = {}  # what else would happen at each signal
-
-    def __enter__(self):
-        _, num_processes = common.ranks()
-        # Several processes of torchrun could not agree on the step to stop after. There Ctrl-C ends
-        # them at once, and what came after the last checkpoint is lost.
-        if num_processes == 1:
-            for signum in common.ending_signals():
-                if signum == signal.SIGINT or signal.getsignal(signum) != signal.SIG_IGN:
-                    self.handlers[signum] = signal.signal(signum, self.remember)
-        return self
-
-    def __exit__(self, *_):
-        for signum, handler in self.handlers.items():
-            signal.signal(signum, handler)
-
-    def remember(self, signum, frame):
-        """Note the signal; Python calls this in place of raising KeyboardInterrupt."""
-        self.signum = signum
-
-
 # ---- checkpoints ---------------------------------------------------------------------------------
 
 
@@ -417,16 +384,9 @@ def resume(path, model, args, train_set):
     keys = ("arch", "model", "ema", "optimizers", "step", "rng", "args")
     checkpoint = common.load_checkpoint(path, command, keys)
     refuse_other_training(path, args, checkpoint["args"])
-    if checkpoint["arch"] != model.net.arch:
-        common.exit_with_error(
-            f"{path} holds another network; choose another --out, or begin again with: {command}"
-        )
-    common.refuse_other_shape(path, command, model.net, checkpoint, model.shape)
-    try:
-        restore(model, checkpoint)
-    except Exception as error:  # entries that do not fit raise half a dozen types
-        reason = str(error).splitlines()[0]
-        common.exit_with_error(f"{path} cannot be resumed ({reason}); begin again with: {command}")
+    common.restore_training(path, command, model, checkpoint)
+    model.num_skipped = int(checkpoint.get("skipped_steps", 0))
+    model.log = [str(line) for line in checkpoint.get("log", [])]
     if not 0 <= int(checkpoint["step"]) <= args.steps:
         common.exit_with_error(
             f"{path} has done {checkpoint['step']} steps, and --steps is {args.steps}; "
@@ -461,7 +421,7 @@ def refuse_other_training(path, args, recorded):
             f"{path} does not say how it was trained; "
             "begin again with --overwrite instead of --resume"
         )
-    differences = differing_flags(args, recorded)
+    differences = common.differing_flags(vars(args), recorded, TRAINING_FLAGS)
     if differences:
         common.exit_with_error(
             f"{path} was trained with other flags: {', '.join(differences)}; "
@@ -473,56 +433,6 @@ def refuse_other_training(path, args, recorded):
             f"{path} is a training of {steps} steps, and --steps {args.steps} is less; "
             "give as many or more"
         )
-
-
-def differing_flags(args, recorded, names=TRAINING_FLAGS):
-    """List which flags differ from those of a checkpoint, in words; see TRAINING_FLAGS."""
-    differences = []
-    for name in names:
-        if name not in recorded:  # the file of an older version
-            continue
-        old = plain(recorded[name])
-        new = plain(getattr(args, name))
-        if old != new:
-            flag = "--" + name.replace("_", "-")
-            differences.append(f"{flag} was {old} and is now {new}")
-    return differences
-
-
-def plain(value):
-    """Return the value of a flag so that it can be compared: a list, with names in order."""
-    if isinstance(value, (list, tuple)):
-        has_names = all(isinstance(item, str) for item in value)
-        return sorted(value) if has_names else list(value)
-    return value
-
-
-def restore(model, checkpoint):
-    """Put what a checkpoint holds into the model and the random generator; raise if it misfits."""
-    # The raw weights train on; the average only follows them.
-    model.net.load_state_dict(checkpoint["model"])
-    model.ema.net.load_state_dict(checkpoint["ema"])
-    # Without this the average would take itself for new, and forget faster than it should.
-    model.ema.num_updates = int(checkpoint["step"])
-    model.num_skipped = int(checkpoint.get("skipped_steps", 0))
-    model.log = [str(line) for line in checkpoint.get("log", [])]
-    # strict: with one state too few an optimizer would start anew, and nobody would notice.
-    for optimizer, state in zip(model.optimizers, checkpoint["optimizers"], strict=True):
-        optimizer.load_state_dict(state)
-        check_state(optimizer)
-    torch.set_rng_state(checkpoint["rng"])
-
-
-def check_state(optimizer):
-    """Raise ValueError if what an optimizer has loaded does not fit its weights; torch does not."""
-    for group in optimizer.param_groups:
-        for weight in group["params"]:
-            if optimizer.state and weight not in optimizer.state:
-                raise ValueError("an optimizer has forgotten some of its weights")
-            for value in optimizer.state[weight].values():
-                is_average = torch.is_tensor(value) and value.ndim > 0  # and not Adam's step count
-                if is_average and value.shape != weight.shape:
-                    raise ValueError("an optimizer belongs to other weights")
 
 
 def checkpoint_path(args, forget_names):
@@ -568,7 +478,8 @@ def steps_to_keep(args, path):
     # first step on.
     differences = ["its flags are not known"]
     if is_known:
-        differences = differing_flags(args, known, ("data_dir", *TRAINING_FLAGS))
+        names = ("data_dir", *TRAINING_FLAGS)
+        differences = common.differing_flags(vars(args), known, names)
     if is_known and num_steps > args.steps:
         differences.append(f"--steps was {num_steps} and is now {args.steps}")
     if differences:
@@ -705,8 +616,7 @@ def next_command(args, classes):
 
 def remake_command(argv):
     """Return the command that makes the same checkpoint again from the first step on."""
-    argv = sys.argv[1:] if argv is None else argv
-    same = [flag for flag in argv if flag not in ("--resume", "--overwrite")]
+    same = common.leave_out(argv, "--resume", "--overwrite")
     return common.own_command("02_train_sde.py", same, "--overwrite")
 
 
@@ -743,7 +653,7 @@ def main(argv=None):
         first_step = resume(path, model, args, train_set) if args.resume else 0
 
         # ---- loop
-        with CtrlC() as ctrl_c:
+        with common.CtrlC() as ctrl_c:
             train(args, data, model, path, first_step, kept_steps, ctrl_c)
 
     # ---- outputs: all written by now

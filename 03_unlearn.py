@@ -5,6 +5,7 @@
     python 03_unlearn.py --dataset mnist --forget 3 --method ort   # the paper's: ort, obt
     python 03_unlearn.py --dataset mnist --forget 3 --method siss  # or unseen, erasediff, ascent
     python 03_unlearn.py --dataset mnist --forget 3 --method obt --from-scratch
+    python 03_unlearn.py --dataset mnist --forget 3 --resume       # go on after Ctrl-C or a crash
     python 03_unlearn.py --dataset mnist --forget 3 --redraw       # only the pictures, once more
     python 03_unlearn.py --dataset cifar10 --forget dog            # a GPU and a base of 02 needed
     python 03_unlearn.py --dataset celeba --forget bangs           # one of 40 attributes
@@ -129,6 +130,8 @@ def flags():
         "--n", type=common.number(int, 10, 10**6), help="samples for the measures, before and after"
     )
     p.add_argument("--nfe", type=common.number(int, 2, 10**4), help="network evaluations a sample")
+    p.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
+    p.add_argument("--overwrite", action="store_true", help="begin again where one was stopped")
     p.add_argument(
         "--redraw",
         nargs="?",
@@ -186,6 +189,9 @@ def refuse(args):
                 f"it belongs to --method {' | '.join(methods)}"
             )
 
+    common.refuse_resume_and_overwrite(args)
+    if args.redraw is not None and (args.resume or args.overwrite):
+        common.exit_with_error("--redraw trains nothing: leave out --resume and --overwrite")
     if args.alpha is not None and args.kappa is not None:
         refuse_both("--alpha", "--kappa")
     if args.alpha is not None and args.eta is not None:
@@ -309,7 +315,21 @@ class Model:
     optimizers: list  # each moves some of the weights
     sde: common.SDE  # the noise that images get in training, and that samples start from
     shape: tuple  # (C, H, W) of the images
+    losses: list = field(default_factory=list)  # (2,) of each step so far: L_g and L_f
     skipped: list = field(default_factory=list)  # steps left out: their gradient was not finite
+    made_from: dict = field(default_factory=dict)  # see find_sources
+    start: float = field(default_factory=time.time)  # of the run; --resume sets it back
+
+
+def find_sources(args, train_set):
+    """Return what a run is made from besides its flags: {"base": ..., "data": ...}.
+
+    Both are names of a content: of the Standard model's file, or None without one, and of the
+    training Dataset.
+    """
+    path, _ = common.find_base(args)
+    digest = common.file_digest(path) if path.is_file() else None
+    return {"base": digest, "data": common.data_key(train_set)}
 
 
 def make_model(args, shape):
@@ -359,6 +379,13 @@ def load_base(args, shape):  # <-- 03
     if not path.exists():
         return None
     return common.load_net(path, command, args.device, shape)
+
+
+def warn_of_base(args, model, train_set):  # <-- 03
+    """Print a line if the Standard model was trained on other images than `train_set`."""
+    if model.base is not None:
+        path, command = common.find_base(args)
+        common.warn_of_other_data(path, model.base.made_of, train_set, command)
 
 
 def print_settings(args, base):
@@ -613,29 +640,37 @@ def linear_loss(net, grad):  # <-- 03
 # ---- the training loop ---------------------------------------------------------------------------
 
 
-def train(args, data, model):
+SAVE_SECONDS = 180  # after so long what --resume needs is saved again
+
+
+def train(args, data, model, path, ctrl_c):
     """Show the network images to keep and images to forget at random noise levels, again and again.
+
+    path    of the file that --resume goes on from
+    ctrl_c  common.CtrlC; when it is pressed the program ends after the step in progress
 
     Returns L_g and L_f of each step: (steps, 2).
     """
     net = model.net
     base = model.base  # <-- 03
     sde = model.sde
-    losses = torch.zeros(args.steps, 2, device=args.device)  # L_g, L_f of each step  # <-- 03
-    num_skipped = 0  # steps in a row whose gradient was not finite
-    printed_steps = 0  # how many steps were done when the last line was printed
+    first_step = len(model.losses)
+    num_skipped = skipped_in_a_row(model.skipped, first_step)  # their gradient was not finite
+    printed_steps = first_step  # how many steps were done when the last line was printed
     printed_at = time.time()  # when that was, in seconds
-    for step in range(args.steps):
+    saved_at = time.time()
+    for step in range(first_step, args.steps):
         net.train()
         common.set_lr(model.optimizers, step, args.steps, warmup=20)
+        both = torch.zeros(2, device=args.device)  # L_g, L_f of this step  # <-- 03
         for _ in common.batch_parts(args, step):  # one part, unless --grad-accum or torchrun
             x_g = data.draw(data.index_g)
             x_f = data.draw(data.index_f)  # <-- 03
             loss, loss_g, loss_f = objective(args, net, base, sde, x_g, x_f)  # <-- 03
             (loss / args.grad_accum).backward()
             # A tensor: loss.item() would make the CPU wait for the GPU at each step.
-            both = torch.stack([loss_g, loss_f]).detach()  # <-- 03
-            losses[step] += both / args.grad_accum
+            both += torch.stack([loss_g, loss_f]).detach() / args.grad_accum  # <-- 03
+        model.losses.append(both)
         # optimizer.step() and zero_grad(). A gradient that is not finite is dropped.
         num_skipped = common.guarded_step(net, model.optimizers, num_skipped)
         if num_skipped:
@@ -644,24 +679,42 @@ def train(args, data, model):
 
         done = step + 1
         if done % 50 == 0 or done == args.steps:
-            common.average_over_ranks([losses[printed_steps:done]])  # in place
-            mean_loss_g, mean_loss_f = losses[printed_steps:done].mean(0).tolist()
-            steps_per_second = (done - printed_steps) / (time.time() - printed_at)
-            print_progress(
-                args, done, mean_loss_g, mean_loss_f, steps_per_second, len(model.skipped)
-            )
+            common.average_over_ranks(model.losses[printed_steps:])  # in place
+            print_progress(args, model, printed_steps, time.time() - printed_at)
             printed_steps = done
             printed_at = time.time()
+        # Several processes have the same losses only where they have just been averaged.
+        is_whole = done == printed_steps or common.ranks()[1] == 1
+        is_due = is_whole and time.time() - saved_at > SAVE_SECONDS
+        if is_due or done == args.steps or ctrl_c.signum:
+            save_for_resume(path, model, args)
+            saved_at = time.time()
+        if ctrl_c.signum:
+            raise common.Stopped(ctrl_c.signum)
     common.refuse_skipped(len(model.skipped), args.steps)
-    return losses
+    return torch.stack(model.losses)
 
 
-def print_progress(args, done, mean_loss_g, mean_loss_f, steps_per_second, num_skipped):
-    """Print a line: steps done, their mean losses, time left, and how many were left out."""
-    seconds_left = (args.steps - done) / steps_per_second
+def skipped_in_a_row(skipped, step):
+    """Return how many steps up to this one were left out without a break; see guarded_step."""
+    count = 0
+    while step - count in skipped:
+        count += 1
+    return count
+
+
+def print_progress(args, model, printed_steps, seconds):
+    """Print a line: steps done, their mean losses, time left, and how many were left out.
+
+    printed_steps  how many steps the lines before this one were about
+    seconds        that the steps since then have taken
+    """
+    done = len(model.losses)
+    mean_loss_g, mean_loss_f = torch.stack(model.losses[printed_steps:]).mean(0).tolist()
+    seconds_left = (args.steps - done) * seconds / (done - printed_steps)
     print(
         f"step {done}/{args.steps}  L_g {mean_loss_g:.4f}  L_f {mean_loss_f:.4f}  "
-        f"ETA {seconds_left:.0f} s" + common.skipped_text(num_skipped),
+        f"ETA {seconds_left:.0f} s" + common.skipped_text(len(model.skipped)),
         flush=True,
     )
 
@@ -670,7 +723,7 @@ def print_progress(args, done, mean_loss_g, mean_loss_f, steps_per_second, num_s
 
 
 def save(path, step, model, args):
-    """Save the average, which 04 and 05 load. A run takes minutes, so there is no --resume."""
+    """Save the average, which 04 and 05 load. What --resume needs is in a file of its own."""
     common.save_checkpoint(
         path,
         arch=model.net.arch,
@@ -678,6 +731,86 @@ def save(path, step, model, args):
         ema=model.ema.net.state_dict(),
         step=step,
         args=vars(args),
+    )
+
+
+def save_for_resume(path, model, args):
+    """Save everything a run is made of, so that --resume goes on as if nothing had happened.
+
+    The random state is part of it: data order, noise levels and noise all come from there.
+    """
+    common.save_checkpoint(
+        path,
+        arch=model.net.arch,
+        shape=model.shape,
+        model=model.net.state_dict(),
+        ema=model.ema.net.state_dict(),
+        optimizers=[optimizer.state_dict() for optimizer in model.optimizers],
+        step=len(model.losses),
+        losses=torch.stack(model.losses),
+        skipped=model.skipped,
+        seconds=time.time() - model.start,
+        made_from=model.made_from,
+        rng=torch.get_rng_state(),
+        args=vars(args),
+        torch=str(torch.__version__),
+    )
+
+
+# Flags on which no weight depends: how a run is called, where it reads, computes and writes, how
+# the work is split, and how it is measured. They may be others when it goes on.
+NOT_OF_THE_MODEL = (
+    *("command", "resume", "overwrite", "redraw", "out", "data_dir", "cache_dir", "device"),
+    *("grad_accum", "compile", "n", "nfe"),
+)
+
+
+def resume(path, model, args):
+    """Load what a stopped run has left into the model and the random generator.
+
+    Exits with one line if that does not fit the network, the flags, the Standard model or the data.
+    """
+    command = f"{args.command} --overwrite"
+    keys = ("arch", "model", "ema", "optimizers", "step", "losses", "skipped", "seconds", "rng")
+    checkpoint = common.load_checkpoint(path, command, (*keys, "made_from", "args"))
+    now = {**vars(args), **model.made_from}
+    recorded = {**checkpoint["args"], **checkpoint["made_from"]}
+    names = [name for name in now if name not in NOT_OF_THE_MODEL]
+    differences = common.differing_flags(now, recorded, names)
+    if differences:
+        common.exit_with_error(
+            f"{path} is another run: {', '.join(differences)}; begin again with: {command}"
+        )
+    common.restore_training(path, command, model, checkpoint)
+    model.losses = list(checkpoint["losses"].to(args.device))
+    model.skipped = list(checkpoint["skipped"])
+    model.start -= checkpoint["seconds"]
+    print(f"resumed {path} at step {len(model.losses)}")
+
+
+def check_resume(args, path, folder):
+    """See whether there is a stopped run to go on with, or one that must not get lost.
+
+    path    of the file that --resume goes on from
+    folder  of the finished run
+
+    Exits with one line if there is none with --resume, or if there is one without it.
+    """
+    common.refuse_unwritable(path)
+    if path.exists() and not (args.resume or args.overwrite):
+        common.exit_with_error(
+            f"{path} is a run that was stopped: {args.command} --resume goes on with it, "
+            f"{args.command} --overwrite begins again"
+        )
+    if path.exists() or not args.resume:
+        return
+    for place in (folder, *folder.parent.glob(f"{folder.name}-worse*")):
+        if (place / "result.json").exists():
+            print(f"nothing was left to do: the run has been finished, in {place}/")
+            # 1 stands for a run that made things worse, as when it was finished.
+            raise SystemExit(0 if place == folder else 1)
+    common.exit_with_error(
+        f"{path} not found: no run was stopped there; begin one with: {args.command}"
     )
 
 
@@ -783,17 +916,16 @@ def draw_samples(args, net, sde, judge, shape, label):
     return Samples(images, common.judge_images(judge, images))
 
 
-def report(args, data, judge, real_g, before, after, seconds):
+def report(args, data, model, judge, real_g, before, after):
     """Measure, print the measures as a table, and return the content of result.json.
 
-    real_g   (N, C, H, W) training images of D_g, with which samples are compared
-    before   Samples of the Standard model, or None; the result then has None for its figures
-    after    Samples of the unlearned model
-    seconds  how long the run has taken so far
+    real_g  (N, C, H, W) training images of D_g, with which samples are compared
+    before  Samples of the Standard model, or None; the result then has None for its figures
+    after   Samples of the unlearned model
     """
     row_before, row_after, row_floor = measure_all(args, data, judge, real_g, before, after)
     print_measures(args, row_before, row_after, row_floor)
-    return {
+    result = {
         "method": args.method,
         "sde": args.sde,
         "forget": data.forget_names,
@@ -821,9 +953,13 @@ def report(args, data, judge, real_g, before, after, seconds):
             "before": row_before.get("class_counts"),
             "after": row_after["class_counts"],
         },
-        "seconds": seconds,
+        "seconds": time.time() - model.start,
+        "skipped_steps": len(model.skipped),
+        "made_from": model.made_from,
         "args": vars(args),
     }
+    result["worse"] = reasons_of_worse(args, result, data)
+    return result
 
 
 def measure_all(args, data, judge, real_g, before, after):
@@ -1022,7 +1158,9 @@ def redraw(args, data, judge, folder):
 def main(argv=None):
     """Make a model forget, and measure what that has done and what it has cost."""
     args = arguments(argv)
-    args.command = common.own_command("03_unlearn.py", argv)  # 04 names it if model.pt is damaged
+    # 04 names it if model.pt is damaged, and so do the lines about a run that was stopped.
+    plain_argv = common.leave_out(argv, "--resume", "--overwrite")
+    args.command = common.own_command("03_unlearn.py", plain_argv)
     start = time.time()
 
     # ---- data: D_g to keep and D_f to forget, as indices into one tensor of bytes  # <-- 03
@@ -1037,39 +1175,51 @@ def main(argv=None):
         return
     set_alpha(args, data)  # <-- 03
 
-    # ---- model: a copy of the Standard model, which itself stays as obt-rel's reference  # <-- 03
-    shape = data.images.shape[1:]
-    model = make_model(args, shape)
-    if model.base is not None:
-        base_path, command = common.find_base(args)
-        common.warn_of_other_data(base_path, model.base.made_of, train_set, command)
-    judge = common.load_judge(args, train_set, data.forget_names)
+    # Beside the folder: that is written anew, as a whole.
+    path = folder.with_name(f"{folder.name}.resume.pt")
+    stopped = common.going_on_with(f"{args.command} --resume", path)
+    with common.locked(folder), stopped:  # two runs must not write one folder
+        check_resume(args, path, folder)
 
-    # fresh_folder: if this run fails, the folder of an earlier one stays as it was.
-    with common.locked(folder), common.fresh_folder(folder) as out:
-        before = None
-        if model.base is not None:
-            before = draw_samples(args, model.base, model.sde, judge, shape, "samples before")
-            common.warn_if_unfit(args, before.verdict)
+        # ---- model: a copy of the Standard model, which stays as obt-rel's reference  # <-- 03
+        model = make_model(args, data.images.shape[1:])
+        model.made_from = find_sources(args, train_set)
+        model.start = start
+        warn_of_base(args, model, train_set)
+        judge = common.load_judge(args, train_set, data.forget_names)
+        if args.resume:  # after the judge, whose network draws random numbers when it is made
+            resume(path, model, args)
 
-        # ---- loop
-        losses = train(args, data, model)
+        # fresh_folder: if this run fails, the folder of an earlier one stays as it was.
+        with common.fresh_folder(folder) as out:
+            before = None
+            if model.base is not None:
+                before = draw_samples(
+                    args, model.base, model.sde, judge, model.shape, "samples before"
+                )
+                common.warn_if_unfit(args, before.verdict)
 
-        # ---- outputs
-        write_log(out / "log.jsonl", losses, model.skipped)
-        save(out / "model.pt", args.steps, model, args)
-        after = draw_samples(args, model.ema.net, model.sde, judge, shape, "samples after")
-        real_g = common.reference_images(train_set.images[data.index_g.cpu()], args.quick)
-        result = report(args, data, judge, real_g, before, after, time.time() - start)
-        result["skipped_steps"] = len(model.skipped)
-        result["worse"] = reasons_of_worse(args, result, data)
-        common.write_json(out / "result.json", result)
-        if before is not None:
-            common.warn_if_unfit(args, before.verdict)  # again: nobody scrolls up
-        place = set_apart_if_worse(result, out, folder)
+            # ---- loop
+            with common.CtrlC() as ctrl_c:
+                losses = train(args, data, model, path, ctrl_c)
+
+            # ---- outputs
+            write_log(out / "log.jsonl", losses, model.skipped)
+            save(out / "model.pt", args.steps, model, args)
+            after = draw_samples(
+                args, model.ema.net, model.sde, judge, model.shape, "samples after"
+            )
+            real_g = common.reference_images(train_set.images[data.index_g.cpu()], args.quick)
+            result = report(args, data, model, judge, real_g, before, after)
+            common.write_json(out / "result.json", result)
+            if before is not None:
+                common.warn_if_unfit(args, before.verdict)  # again: nobody scrolls up
+            place = set_apart_if_worse(result, out, folder)
+        if common.is_first_process():
+            path.unlink(missing_ok=True)  # only now: the run is in its place
 
     # ---- pictures: last, because the run is safe by now and none of them can harm it
-    again = common.own_command("03_unlearn.py", argv, "--redraw", place)
+    again = common.own_command("03_unlearn.py", plain_argv, "--redraw", place)
     draw_pictures(args, data, place, before, after, losses, again)
     if result["worse"]:
         raise SystemExit(1)

@@ -21,7 +21,7 @@ Contents
     The plumbing: skip it on first reading
      9  Data                   RECIPES, load_dataset, dequantize, draw_batch, split_forget
         Files and pictures     check_dataset, refuse_too_few, cache_folders, read_picture
-    10  Training               EMA, Muon, set_lr, batch_parts, guarded_step, autocast
+    10  Training               EMA, Muon, set_lr, batch_parts, guarded_step, autocast, CtrlC
     11  Processes              ranks, share_work, wait_for_all_processes
     12  Checkpoints, folders   save_checkpoint, load_net, find_base, find_runs, run_name, locked
         Files                  read_torch_file, file_digest, fingerprint, whole_file, write_json
@@ -2810,6 +2810,79 @@ def refuse_skipped(num_skipped, steps):
         )
 
 
+class CtrlC:
+    """Remember that Ctrl-C was pressed, so that training can stop after the step in progress.
+
+    A checkpoint then always holds a whole number of steps. `kill` and a closed terminal do the same
+    as Ctrl-C: `with CtrlC() as ctrl_c:` listens to all three until its end.
+    """
+
+    def __init__(self):
+        self.signum = 0  # number of the signal that came, or 0
+        self.handlers = {}  # what else would happen at each signal
+
+    def __enter__(self):
+        _, num_processes = ranks()
+        # Several processes of torchrun could not agree on the step to stop after. There Ctrl-C ends
+        # them at once, and what came after the last checkpoint is lost.
+        if num_processes == 1:
+            for signum in ending_signals():
+                if signum == signal.SIGINT or signal.getsignal(signum) != signal.SIG_IGN:
+                    self.handlers[signum] = signal.signal(signum, self.remember)
+        return self
+
+    def __exit__(self, *_):
+        for signum, handler in self.handlers.items():
+            signal.signal(signum, handler)
+
+    def remember(self, signum, frame):
+        """Note the signal; Python calls this in place of raising KeyboardInterrupt."""
+        self.signum = signum
+
+
+def restore_training(path, command, model, checkpoint):
+    """Put what a checkpoint holds into a Model of 02 or 03 and into the random generator.
+
+    path     of the checkpoint
+    command  the command that begins again, for error messages
+
+    Exits with one line if the checkpoint does not fit the model.
+    """
+    if checkpoint["arch"] != model.net.arch:
+        exit_with_error(
+            f"{path} holds another network; choose another --out, or begin again with: {command}"
+        )
+    refuse_other_shape(path, command, model.net, checkpoint, model.shape)
+    try:
+        # The raw weights train on; the average only follows them.
+        model.net.load_state_dict(checkpoint["model"])
+        model.ema.net.load_state_dict(checkpoint["ema"])
+        # Without this the average would take itself for new, and forget faster than it should.
+        model.ema.num_updates = int(checkpoint["step"])
+        # strict: with one state too few an optimizer would start anew, and nobody would notice.
+        for optimizer, state in zip(model.optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+            check_state(optimizer)
+        torch.set_rng_state(checkpoint["rng"])
+    except Exception as error:  # entries that do not fit raise half a dozen types
+        reason = str(error).splitlines()[0]
+        exit_with_error(f"{path} cannot be resumed ({reason}); begin again with: {command}")
+
+
+def check_state(optimizer):
+    """Raise ValueError if what an optimizer has loaded does not fit its weights; torch does not."""
+    if not optimizer.state:  # all steps so far were skipped
+        return
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            if weight not in optimizer.state:
+                raise ValueError("an optimizer has forgotten some of its weights")
+            for value in optimizer.state[weight].values():
+                is_average = torch.is_tensor(value) and value.ndim > 0  # and not Adam's step count
+                if is_average and value.shape != weight.shape:
+                    raise ValueError("an optimizer belongs to other weights")
+
+
 def autocast(device):
     """Return a context in which CUDA computes in bfloat16; on a CPU it does nothing.
 
@@ -3255,6 +3328,37 @@ def fingerprint(*tensors):
 def data_key(data):
     """Return a number for the content of a Dataset; see warn_of_other_data."""
     return zlib.crc32(data.labels.numpy(), _checksum(data.images.numpy()))
+
+
+# What is compared with flags, but is the name of a content, which tells nobody anything.
+CONTENTS = {"base": "the Standard model is another one", "data": "the images are others"}
+
+
+def differing_flags(now, recorded, names):
+    """List which flags differ from those that a file was made with, in words.
+
+    now, recorded  {name: value}: the flags of this program, and those that the file records
+    names          of the flags that count; what the file does not record is not compared
+    """
+    differences = []
+    for name in names:
+        if name not in recorded:  # the file of an older version
+            continue
+        old = plain(recorded[name])
+        new = plain(now[name])
+        if old != new:
+            flag = "--" + name.replace("_", "-")
+            text = f"{flag} was {old} and is now {new}"
+            differences.append(CONTENTS.get(name, text))
+    return differences
+
+
+def plain(value):
+    """Return the value of a flag so that it can be compared: a list, with names in order."""
+    if isinstance(value, (list, tuple)):
+        has_names = all(isinstance(item, str) for item in value)
+        return sorted(value) if has_names else list(value)
+    return value
 
 
 def warn_of_other_data(path, made_of, data, command):
@@ -3774,6 +3878,12 @@ def refuse_log_sigma(log_sigma):
         exit_with_error(f"--log-sigma: the second number is a std: {log_sigma[1]} is below 0.01")
 
 
+def refuse_resume_and_overwrite(args):
+    """Exit with one line if both flags are given."""
+    if args.resume and args.overwrite:
+        exit_with_error("--resume goes on and --overwrite begins again: give one of them")
+
+
 MAX_SEED = 2**63 - 1  # PyTorch takes no larger seed
 
 
@@ -3936,6 +4046,15 @@ def own_command(script, argv, *more):
     """
     argv = sys.argv[1:] if argv is None else argv
     return shlex.join(["python", script_path(script), *argv, *map(str, more)])
+
+
+def leave_out(argv, *switches):
+    """Return the arguments of main without these switches; argparse lets them be shortened.
+
+    argv  the arguments of main; None stands for those of the command line
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    return [word for word in argv if len(word) < 3 or not any(s.startswith(word) for s in switches)]
 
 
 def script_path(script):
@@ -4142,6 +4261,20 @@ def run(main):
             )
 
 
+@contextlib.contextmanager
+def going_on_with(command, path):
+    """Let the line about what interrupts the block name the command that goes on from there.
+
+    path  of the file from which it goes on; nothing is named while there is no such file
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, OSError) as stop:
+        if path.exists():
+            stop.remedy = f"go on with: {command}"
+        raise
+
+
 def _run_to_one_line(main):
     """Run main(argv); turn what the user can do something about into one line on stderr."""
     try:
@@ -4150,7 +4283,8 @@ def _run_to_one_line(main):
         signum = getattr(stop, "signum", signal.SIGINT)
         name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
         print()  # a line of progress may stand there without its end
-        print(f"stopped by {name}; what was finished before is still there", file=sys.stderr)
+        remedy = getattr(stop, "remedy", "what was finished before is still there")
+        print(f"stopped by {name}; {remedy}", file=sys.stderr)
         raise SystemExit(128 + signum) from None
     except torch.cuda.OutOfMemoryError:
         exit_with_error(
@@ -4166,9 +4300,12 @@ def describe_os_error(error):
     path = error.filename2 or error.filename
     reason = error.strerror or " ".join(str(error).split())
     if error.errno in NO_SPACE:
+        remedy = "make room, or choose another place with --out, and run this again"
+        if hasattr(error, "remedy"):
+            remedy = f"make room, then {error.remedy}"
         return (
             f"{path or 'a file'} could not be written ({reason}); what was finished before is "
-            "still there: make room, or choose another place with --out, and run this again"
+            f"still there: {remedy}"
         )
     if path is None:
         return reason

@@ -64,6 +64,11 @@ def constant_data(unlearn, num_g=90, num_f=10, part_size=8):
     )
 
 
+def train(unlearn, args, data, model):
+    """The loop of 03, with a file for --resume that nobody reads."""
+    return unlearn.train(args, data, model, unlearn.out / "x.resume.pt", common.CtrlC())
+
+
 # ---- the loop ------------------------------------------------------------------------------------
 
 
@@ -100,7 +105,7 @@ def batches(unlearn, monkeypatch):
         shape=SHAPE,
     )
     monkeypatch.setitem(unlearn.train.__globals__, "objective", result.objective)
-    unlearn.train(args, constant_data(unlearn), model)
+    train(unlearn, args, constant_data(unlearn), model)
     return result
 
 
@@ -168,7 +173,7 @@ def forgotten(unlearn):
         return common.dsm_loss(net, model.sde, common.dequantize(images), t).mean().item()
 
     before = [loss(threes[500:]), loss(sevens[500:])]
-    unlearn.train(args, data, model)
+    train(unlearn, args, data, model)
     after = [loss(threes[500:]), loss(sevens[500:])]
     return dict(zip((3, 7), zip(before, after)))
 
@@ -302,7 +307,7 @@ def test_what_is_saved_is_the_average_and_not_the_weights_of_the_last_step(unlea
     net = tiny_net()
     adam = torch.optim.Adam(net.parameters(), 1e-2)
     model = unlearn.Model(net, None, common.EMA(net, args.ema), [adam], common.VP(), SHAPE)
-    unlearn.train(args, constant_data(unlearn), model)
+    train(unlearn, args, constant_data(unlearn), model)
     path = tmp_path / "model.pt"
     unlearn.save(path, 2, model, args)
     saved = load_weights(path)

@@ -1597,7 +1597,8 @@ def measure(verdict, forget, real, num_classes, standard=None):
         ratios = ratios[~ratios.isnan()].tolist()
         result["class_min_ratio"] = min(ratios, default=math.nan)
 
-        result.update(instead(is_forgotten, is_unsure, noise, standard_forgotten))
+        # Real test images may be fewer than samples.
+        result.update(instead(is_forgotten, is_unsure, noise, standard_forgotten[:num_samples]))
 
     result["class_counts"] = torch.bincount(verdict.labels, minlength=num_classes).tolist()
     return result

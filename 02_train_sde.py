@@ -48,8 +48,10 @@ QUICK = {"steps": 30, "n": 200, "width": 32}  # the defaults that differ under -
 
 def arguments(argv):
     """Read the command line: refuse what makes no sense and fill in what the user has left open."""
-    args = flags().parse_args(argv)
+    p = flags()
+    args = p.parse_args(argv)
     refuse(args)
+    refuse_unused(p, args)
     return common.finish_args(args, defaults(args), QUICK)
 
 
@@ -87,7 +89,7 @@ def flags():
     p.add_argument(
         "--overwrite",
         action="store_true",
-        help="begin again where a longer or another training lies",
+        help="begin again where a longer or another training lies, or a file that is none",
     )
     p.add_argument("--save-every", type=common.number(int, 1), default=1000)
     p.add_argument("--sample-every", type=common.number(int, 1), default=5000)
@@ -117,6 +119,22 @@ def refuse(args):
         common.exit_with_error(
             f"--width {args.width}: a multiple of 8 is needed, for the groups of its norms"
         )
+
+
+def refuse_unused(p, args):
+    """Exit with one line on a flag that this run would silently ignore; p is the parser."""
+    places = {"dataset", "data_dir", "cache_dir", "out", "quick", "device", "seed"}
+    if args.dataset == "celeba":
+        places.add("without")  # it names the classes of CelebA
+    others = set(vars(args)) - places
+    if args.judge:
+        common.refuse_unused(p, args, sorted(others - {"judge", "overwrite"}), "--judge")
+    elif args.measure:
+        common.refuse_unused(p, args, sorted(others - {"measure", "n"}), "--measure")
+    else:
+        common.refuse_unused(p, args, ["n"], "a training: it belongs to --measure")
+    if args.sde != "any":
+        common.refuse_unused(p, args, ["log_sigma", "wide"], f"--sde {args.sde}")
 
 
 def defaults(args):
@@ -625,7 +643,7 @@ def main(argv=None):
     args = arguments(argv)
     if args.judge:
         # --without names the attributes that a judge of CelebA has to tell apart.
-        common.train_judge(args, args.without or (), args.seed)
+        common.train_judge(args, args.without or (), args.seed, args.overwrite)
         return
     if args.measure:
         measure_base(args)

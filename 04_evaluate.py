@@ -115,6 +115,15 @@ def arguments(argv):
             "drop the flag and torch-fidelity downloads the file"
         )
 
+    unused = ["grad_accum", "compile"]
+    if args.relearn is None:
+        unused += ["steps", "batch_size", "lr"]
+    if not args.fid:
+        unused += ["inception_weights"]
+    if args.nll == "none":
+        unused += ["n_nll", "nll_floor"]
+    common.refuse_unused(parser, args, unused, "the other flags")
+
     full = {
         "n": 2000,
         "nfe": common.SDES[args.sde].nfe,

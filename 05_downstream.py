@@ -163,7 +163,7 @@ def arguments(argv):
         help="adds the CLIP distance on D_g: a ViT-B-32 checkpoint for open_clip",
     )
     args = parser.parse_args(argv)
-    refuse_unused_flags(args)
+    refuse_unused_flags(parser, args)
 
     steps = 25  # with 5 passes through each level that makes 121 evaluations
     if args.paper:
@@ -182,23 +182,21 @@ def arguments(argv):
     return common.finish_args(args, full, quick)
 
 
-def refuse_unused_flags(args):
+def refuse_unused_flags(parser, args):
     """Exit with one line on a flag that the chosen task would silently ignore."""
-    # Call this before the defaults are filled in: only now is an open flag still None. lr is a flag
-    # of every script, but nothing is trained here.
+    # They are flags of every script, but nothing is trained here.
+    unused = ["lr", "grad_accum", "compile"]
     if args.task == "reconstruct":
-        unused = ["lr", "mask", "resample", "paper"]
+        unused += ["mask", "resample", "paper"]
     elif args.paper:
-        unused = ["lr", "sigmas", "resample"]
+        unused += ["sigmas", "resample"]
     else:
-        unused = ["lr", "sigmas"]
+        unused += ["sigmas"]
 
     chosen = f"--task {args.task}"
     if args.paper:
         chosen += " --paper"
-    for flag in unused:
-        if getattr(args, flag):
-            common.exit_with_error(f"--{flag} has no meaning with {chosen}; leave it out")
+    common.refuse_unused(parser, args, unused, chosen)
 
 
 # ---- restoring: x0 (B, ...) -> x0_hat (B, ...) ---------------------------------------------------

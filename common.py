@@ -27,7 +27,7 @@ Contents
         Files                  read_torch_file, file_digest, fingerprint, whole_file, write_json
     13  The judge on disk      judge_path, train_judge, load_judge
     14  Pictures               pyplot, draw_picture, save_figure, plain_text, tile, short_name
-    15  Command line           exit_with_error, parser, finish_args, command_line, run
+    15  Command line           exit_with_error, parser, refuse_unused, finish_args, command_line, run
 
 Words and symbols of all files
 
@@ -3575,45 +3575,52 @@ def _is_in_use(path, pid):
 # ==================================================================================================
 
 
-def _judge_file(args, forget):
-    """Return the file name of the judge, without folder: judge.pt, or for CelebA judge-bangs.pt."""
+def _own_judge(args, forget):
+    """Return where the user's own judge lies: out/<dataset>/judge.pt, or CelebA's judge-bangs.pt."""
+    folder = Path(args.out) / args.dataset
     if args.dataset != "celeba":
-        return "judge.pt"
+        return folder / "judge.pt"
     # The attributes to forget decide what CelebA's classes are: a judge for each choice of them.
-    return f"judge-{join_names(forget)}.pt"
+    return folder / f"judge-{join_names(forget)}.pt"
 
 
 def judge_path(args, forget=()):
     """Return where the judge lies: out/<dataset>/, or data/ if only the shipped one exists."""
-    name = _judge_file(args, forget)
-    own = Path(args.out) / args.dataset / name
-    shipped = HERE / "data" / f"{args.dataset}_{name}"
+    own = _own_judge(args, forget)
+    shipped = HERE / "data" / f"{args.dataset}_{own.name}"
     return _own_or_shipped(own, shipped)
 
 
 def judge_command(args, forget=()):
     """Return the command that makes the judge that a run with `args` needs, for error messages."""
+    flags = ["--judge"]
     if args.dataset == "celeba":
         # CelebA has attributes and no classes: the attributes to forget decide what a class is.
-        return command_line("02_train_sde.py", args, "--judge", "--without", *forget)
-    return command_line("02_train_sde.py", args, "--judge")
+        flags += ["--without", *forget]
+    if _own_judge(args, forget).exists():  # 02 replaces a file that is there only with this
+        flags += ["--overwrite"]
+    return command_line("02_train_sde.py", args, *flags)
 
 
-def train_judge(args, forget=(), seed=0):
+def train_judge(args, forget=(), seed=0, overwrite=False):
     """Train, test and save the judge of a data set.
 
-    args    of a script: dataset, data_dir, out, quick and device are read
-    forget  names of the attributes that are CelebA's classes; other data sets ignore it
-    seed    of the judge's initial weights and batches
+    args       of a script: dataset, data_dir, out, quick and device are read
+    forget     names of the attributes that are CelebA's classes; other data sets ignore it
+    seed       of the judge's initial weights and batches
+    overwrite  whether a judge of another training may be replaced
 
     The weights are saved in half precision, which halves the file. Under --quick the training is
     too short for good verdicts, and the file lies where only --quick looks for it.
     """
-    path = make_folder(Path(args.out) / args.dataset) / _judge_file(args, forget)
+    path = _own_judge(args, forget)
+    make_folder(path.parent)
     refuse_unwritable(path)
     train, test = load_train_and_test(args.dataset, args.data_dir, forget, cache_folders(args))
     refuse_unknown_to_judge(train)
     made_of = [data_key(train), data_key(test)]
+    if path.exists() and not overwrite:
+        refuse_to_replace_judge(path, args, judge_command(args, forget), seed, made_of)
     num_epochs = 8
     if args.quick:
         num_epochs = 1
@@ -3634,8 +3641,30 @@ def train_judge(args, forget=(), seed=0):
         classes=train.classes,
         accuracy=accuracy.item(),
         data=made_of,
+        seed=seed,
     )
     print(f"test accuracy {100 * accuracy:.2f} % on {len(is_right)} images; wrote {path}")
+
+
+def refuse_to_replace_judge(path, args, command, seed, made_of):
+    """Exit with one line if the judge in `path` is of another training, or is no judge.
+
+    path, command  of its file, and what makes it
+    seed, made_of  what is to be trained now: the seed, and the data_keys of both Datasets
+    """
+    content = load_checkpoint(path, command, ("arch", "model"))
+    if args.quick:  # it shows that the code works, and is nothing to keep
+        return
+    differences = []
+    if content.get("seed") != seed:
+        differences.append(f"--seed was {content.get('seed', 'not recorded')} and is now {seed}")
+    if content.get("data") != made_of:
+        differences.append("its images were others")
+    if differences:
+        exit_with_error(
+            f"{path} holds a judge of another training ({', '.join(differences)}): "
+            "replace it by --overwrite, or choose another --out"
+        )
 
 
 def refuse_unknown_to_judge(train):
@@ -3941,6 +3970,21 @@ def parser(doc, **defaults):
     )
     p.set_defaults(**defaults)
     return p
+
+
+def refuse_unused(p, args, unused, mode):
+    """Exit with one line on a flag that a mode would silently ignore.
+
+    p       the Parser that has read `args`
+    unused  names of the flags that have no part in the mode
+    mode    what to call it, e.g. "--judge"
+
+    Call it before the defaults are filled in. A flag that has its default counts as not given.
+    """
+    for name in unused:
+        if getattr(args, name) != p.get_default(name):
+            flag = "--" + name.replace("_", "-")
+            exit_with_error(f"{flag} has no meaning with {mode}; leave it out")
 
 
 def add_forget(p, script, verb):

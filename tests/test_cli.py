@@ -249,6 +249,38 @@ def test_uniform_t_is_the_methods_own_by_default(tmp_path, method, expected):
     assert unlearn_arguments(tmp_path, "--method", method).uniform_t is expected
 
 
+# ---- flags without effect ------------------------------------------------------------------------
+
+UNUSED = [
+    ("02", "--judge --steps 10", "--steps"),
+    ("02", "--judge --batch-size 8", "--batch-size"),
+    ("02", "--judge --measure", "--measure"),
+    ("02", "--judge --without 3", "--without"),
+    ("02", "--judge --resume", "--resume"),
+    ("02", "--judge --save-every 7", "--save-every"),
+    ("02", "--measure --lr 0.1", "--lr"),
+    ("02", "--measure --overwrite", "--overwrite"),
+    ("02", "--measure --without 3", "--without"),
+    ("02", "--n 100", "--n"),
+    ("02", "--sde vp --wide 0.5", "--wide"),
+    ("02", "--sde ve --log-sigma 0 2", "--log-sigma"),
+    ("04", "--forget 3 --steps 5", "--steps"),
+    ("04", "--forget 3 --lr 0.1", "--lr"),
+    ("04", "--forget 3 --compile", "--compile"),
+    ("04", "--forget 3 --relearn 1 --grad-accum 2", "--grad-accum"),
+    ("04", "--forget 3 --nll none --nll-floor 0.01", "--nll-floor"),
+    ("05", "--forget 3 --compile", "--compile"),
+    ("05", "--forget 3 --task reconstruct --grad-accum 2", "--grad-accum"),
+]
+
+
+@pytest.mark.parametrize("number, flags, word", UNUSED)
+def test_a_flag_that_would_have_no_effect_is_refused(script, tmp_path, number, flags, word):
+    run = script(number, "--quick", *flags.split(), "--out", tmp_path)
+    check_refusal(run, f"{word} has no meaning")
+    assert list(tmp_path.iterdir()) == []
+
+
 # ---- 02 and its judge ----------------------------------------------------------------------------
 
 
@@ -285,6 +317,42 @@ def judge_run(tmp_path_factory):
     run = run_script("02", *QUICK, "--judge", "--out", out)
     check_success(run)
     return run.out, out
+
+
+@pytest.fixture
+def full_judge(tmp_path, monkeypatch):
+    """The function train(*flags) -> Run: 02 --judge of a full run, which trains for no time."""
+
+    def untrained(data, **_):
+        return common.Judge().eval()
+
+    monkeypatch.setattr(common, "fit_judge", untrained)
+
+    def train(*flags):
+        return run_script("02", "--dataset", "mnist", "--judge", *flags, "--out", tmp_path)
+
+    return train
+
+
+def test_a_judge_of_another_training_is_replaced_only_by_overwrite(tmp_path, full_judge):
+    check_success(full_judge())
+    path = tmp_path / "mnist/judge.pt"
+    before = path.read_bytes()
+    check_refusal(full_judge("--seed", 1), str(path), "--seed was 0 and is now 1", "--overwrite")
+    assert path.read_bytes() == before
+    check_success(full_judge())
+    check_success(full_judge("--seed", 1, "--overwrite"))
+    assert torch.load(path, weights_only=True)["seed"] == 1
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"state_dict": {}}], ids=["a list", "another's"])
+def test_a_foreign_file_in_the_place_of_the_judge_is_not_replaced(tmp_path, full_judge, content):
+    path = tmp_path / "mnist/judge.pt"
+    path.parent.mkdir()
+    torch.save(content, path)
+    before = path.read_bytes()
+    check_refusal(full_judge(), str(path), "--judge --overwrite")
+    assert path.read_bytes() == before
 
 
 def test_judge_is_good_after_one_epoch(judge_run):

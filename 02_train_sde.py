@@ -222,6 +222,7 @@ def make_model(args, shape):
     recipe = common.RECIPES[args.dataset]
     # The arguments of UNet. sd is the standard deviation of the pixels on the scale [-1, 1].
     arch = {**recipe["net"], "width": args.width, "sd": recipe["sd"]}
+    refuse_too_large(arch)
     net = common.UNet(**arch).to(args.device)
     print(f"model: {common.describe_network(net, shape)}")
 
@@ -238,6 +239,18 @@ def make_model(args, shape):
     if args.compile:
         net.compile()  # last: describe_network and EMA need the network as it is without that
     return model
+
+
+def refuse_too_large(arch):
+    """Raise MemoryError if the machine has too little memory to train a UNet of this `arch`.
+
+    Linux grants more memory than there is and ends the program when it is used.
+    """
+    with torch.device("meta"):  # the shapes alone, which take no memory
+        num_weights = sum(weight.numel() for weight in common.UNet(**arch).parameters())
+    # The weights, their gradients, their average and Muon's momentum: 4 bytes for each of them.
+    if 4 * 4 * num_weights > common.physical_memory():
+        raise MemoryError
 
 
 # ---- the losses ----------------------------------------------------------------------------------

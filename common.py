@@ -27,7 +27,7 @@ Contents
         Files                  read_torch_file, file_digest, fingerprint, whole_file, write_json
     13  The judge on disk      judge_path, train_judge, load_judge
     14  Pictures               pyplot, draw_picture, save_figure, plain_text, tile, short_name
-    15  Command line           exit_with_error, parser, refuse_unused, finish_args, command_line, run
+    15  Command line           exit_with_error, parser, finish_args, command_line, run
 
 Words and symbols of all files
 
@@ -3576,7 +3576,7 @@ def _is_in_use(path, pid):
 
 
 def _own_judge(args, forget):
-    """Return where the user's own judge lies: out/<dataset>/judge.pt, or CelebA's judge-bangs.pt."""
+    """Return where the user's own judge lies: judge.pt, or for CelebA e.g. judge-bangs.pt."""
     folder = Path(args.out) / args.dataset
     if args.dataset != "celeba":
         return folder / "judge.pt"
@@ -4331,12 +4331,38 @@ def _run_to_one_line(main):
         remedy = getattr(stop, "remedy", "what was finished before is still there")
         print(f"stopped by {name}; {remedy}", file=sys.stderr)
         raise SystemExit(128 + signum) from None
-    except torch.cuda.OutOfMemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         exit_with_error(
-            "out of GPU memory: lower --batch-size, or split a batch with --grad-accum 2 (or 4, 8)"
+            "out of memory: split a batch with --grad-accum 2 (or 4, 8), or lower --batch-size, "
+            "--n or --width; what was finished before is still there"
         )
     except OSError as error:
         exit_with_error(describe_os_error(error))
+
+
+# How PyTorch says that there is too little memory, where it has no type of error for that: on a
+# CPU, on one under Windows, on mps, and for a size that no machine could have.
+TOO_LITTLE_MEMORY = (
+    *("can't allocate memory", "not enough memory", "out of memory"),
+    *("Storage size calculation overflowed", "integer multiplication overflow"),
+)
+
+
+def is_out_of_memory(error):
+    """Return whether an exception says that the memory of the GPU or of the CPU is too small."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return any(words in str(error) for words in TOO_LITTLE_MEMORY)
+
+
+def physical_memory():
+    """Return how many bytes of memory the machine has; infinity where the system cannot tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return math.inf
 
 
 def describe_os_error(error):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import (
@@ -398,9 +399,63 @@ def test_an_error_of_the_system_is_one_line(run_main, error, word):
     check_one_line(run_main(raise_error(error)), 2, word)
 
 
-def test_a_fault_of_ours_keeps_its_traceback(run_main):
-    with pytest.raises(ZeroDivisionError):
-        run_main(raise_error(ZeroDivisionError()))
+@pytest.mark.parametrize("error", [ZeroDivisionError(), RuntimeError("mat1 and mat2 shapes")])
+def test_a_fault_of_ours_keeps_its_traceback(run_main, error):
+    with pytest.raises(type(error)):
+        run_main(raise_error(error))
+
+
+# ---- too little memory ---------------------------------------------------------------------------
+
+
+def allocate_too_much(argv):
+    """Ask PyTorch for more bytes than any machine can address; it fails at once."""
+    torch.zeros(10**17)
+
+
+def allocate_beyond_numbers(argv):
+    """Ask for so many bytes that their number overflows."""
+    torch.zeros(2**62, 4)
+
+
+def allocate_array(argv):
+    """Ask numpy."""
+    np.zeros(10**17)
+
+
+TOO_MUCH = {
+    "CPU": allocate_too_much,
+    "overflow": allocate_beyond_numbers,
+    "numpy": allocate_array,
+    "GPU": raise_error(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")),
+    "mps": raise_error(RuntimeError("MPS backend out of memory (MPS allocated: 20 GB)")),
+    "Windows": raise_error(RuntimeError("DefaultCPUAllocator: not enough memory: you tried")),
+}
+
+
+@pytest.mark.parametrize("main", TOO_MUCH.values(), ids=TOO_MUCH)
+def test_too_little_memory_is_one_line_that_names_the_flags(run_main, main):
+    flags = ("--batch-size", "--grad-accum", "--n ", "--width")
+    check_one_line(run_main(main), 2, "out of memory", *flags)
+
+
+@pytest.mark.parametrize("width", [80_000_000, 8_000_000_000])
+def test_a_network_larger_than_the_memory_is_refused_before_it_is_built(run_main, width):
+    """The second has more weights than PyTorch can count."""
+    refuse_too_large = load_script("02")["refuse_too_large"]
+    check_one_line(run_main(lambda argv: refuse_too_large({"width": width})), 2, "--width")
+    refuse_too_large({"width": 64})
+
+
+def test_02_looks_whether_its_network_fits_into_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "physical_memory", lambda: 10**6)
+    with pytest.raises(MemoryError):
+        run_script("02", "--quick", "--width", 64, "--out", tmp_path)
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_the_machine_has_memory():
+    assert 2**28 < common.physical_memory() < 2**50
 
 
 # ---- output that nobody reads --------------------------------------------------------------------

@@ -32,6 +32,12 @@ Predict, then run:
   3. What becomes of samples when training never sees sigma above 2? (--log-sigma -1 0.5 --wide 0)
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    # The imports take seconds. Until common.run listens, Ctrl-C ends the program without a word.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import time
 from dataclasses import dataclass, field
 from pathlib import Path

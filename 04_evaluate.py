@@ -28,6 +28,12 @@ Predict, then run:
   3. Fine-tuned on one single 3, does a model draw 3s again, or that 3?              (--relearn 1)
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    # The imports take seconds. Until common.run listens, Ctrl-C ends the program without a word.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import copy
 import importlib.util

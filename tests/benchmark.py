@@ -27,6 +27,12 @@ sampler_fd_euler_maruyama, sampler_fd_fast, sampler_n, gemm_share; and beside th
 of.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    # The imports take seconds. Until common.run listens, Ctrl-C ends the program without a word.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import hashlib
 import json

@@ -40,6 +40,12 @@ Two commands may run at once, on a core each:
 OMP_NUM_THREADS=1 taskset -c 0 python tests/make_tables.py --only vp/ort, and so on.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    # The imports take seconds. Until common.run listens, Ctrl-C ends the program without a word.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import functools
 import hashlib

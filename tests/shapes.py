@@ -7,6 +7,12 @@ purpose: nothing can be downloaded where this project was measured, and everybod
 whether a generated picture is right.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    # The imports take seconds. Until common.run listens, Ctrl-C ends the program without a word.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import sys
 from pathlib import Path

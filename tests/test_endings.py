@@ -18,10 +18,13 @@ from conftest import (
     check_success,
     load_script,
     run_function,
+    run_process,
     run_script,
 )
 
 import common
+
+OTHER_PROGRAMS = ("benchmark", "make_tables", "shapes")
 
 TINY = "--dataset mnist --quick --forget 3 --steps 2 --n 10 --nfe 2".split()
 AWKWARD = [
@@ -403,6 +406,44 @@ def test_an_error_of_the_system_is_one_line(run_main, error, word):
 def test_a_fault_of_ours_keeps_its_traceback(run_main, error):
     with pytest.raises(type(error)):
         run_main(raise_error(error))
+
+
+# ---- Ctrl-C before the first line ----------------------------------------------------------------
+
+PROGRAMS = [*SCRIPTS.values(), *(ROOT / "tests" / f"{name}.py" for name in OTHER_PROGRAMS)]
+
+
+@pytest.mark.parametrize("module", ["argparse", "numpy"])
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
+def test_ctrl_c_while_modules_are_imported_is_no_traceback(tmp_path, path, module):
+    """A module of this name says that it is being imported, and takes its time."""
+    (tmp_path / f"{module}.py").write_text("print(flush=True)\n__import__('time').sleep(60)\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, path], env=environment, **pipes) as process:
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    # A shell shows this as 130.
+    assert process.returncode == -signal.SIGINT
+    assert err == b""
+
+
+def test_ctrl_c_that_the_shell_ignores_stays_ignored(tmp_path):
+    """A shell without a terminal starts `python 02_train_sde.py &` in this way."""
+    code = "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+    code += "sys.argv[0] = sys.argv.pop(1); runpy.run_path(sys.argv[0], run_name='__main__')"
+    (tmp_path / "numpy.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise SystemExit(7)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    assert run_process("-c", code, SCRIPTS["03"], env=environment).status == 7
+
+
+def test_run_listens_to_ctrl_c_again(run_main):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    run = run_main(lambda argv: signal.raise_signal(signal.SIGINT))
+    check_one_line(run, 130, "Ctrl-C")
 
 
 # ---- too little memory ---------------------------------------------------------------------------

@@ -169,23 +169,21 @@ def test_measures_see_a_class_that_vanished():
 # ---- noise, and what stands where the forgotten class was ----------------------------------------
 
 
-def test_roughness_of_white_noise_is_eight_ninths():
-    """A mean of nine independent values keeps a ninth of their variance, whatever that is."""
+def test_roughness_of_white_noise_is_eight_ninths_of_its_variance():
+    """A mean of nine independent values keeps a ninth of their variance."""
     generator = common.rng(0)
-    strong = torch.randint(0, 256, (20, 3, 64, 64), dtype=torch.uint8, generator=generator)
-    weak = 100 + strong // 32
-    for noise in (strong, weak):
-        # At the edge, where pixels are repeated, a little less is taken away.
-        assert common.roughness(noise).mean().item() == pytest.approx(8 / 9, abs=0.01)
+    noise = torch.randint(0, 256, (20, 3, 64, 64), dtype=torch.uint8, generator=generator)
+    variance = (256**2 - 1) / 12 / 255**2
+    # At the edge, where pixels are repeated, a little less is taken away.
+    assert common.roughness(noise).mean().item() == pytest.approx(8 / 9 * variance, rel=0.02)
 
 
-def test_roughness_of_a_checkerboard_inside():
-    """A cell of +-1 among eight neighbours of which four are like it: its mean is +-1/9."""
+def test_roughness_of_a_checkerboard():
+    """Around each cell five of nine are like it: their mean lies 4/9 of the range away from it."""
     rows = torch.arange(512)
     board = (rows[:, None] + rows) % 2 * 255
     x = board.to(torch.uint8)[None, None]
-    inside = (8 / 9) ** 2
-    assert common.roughness(x).item() == pytest.approx(inside, abs=0.005)
+    assert common.roughness(x).item() == pytest.approx((4 / 9) ** 2, rel=0.01)
 
 
 def test_roughness_of_one_grey_is_zero():
@@ -194,7 +192,7 @@ def test_roughness_of_one_grey_is_zero():
 
 def test_a_ramp_is_smooth():
     ramp = (4 * torch.arange(64)).to(torch.uint8).expand(1, 1, 64, 64)
-    assert common.roughness(ramp).item() < 0.001
+    assert common.roughness(ramp).item() < 1e-5
 
 
 def rough_verdict(roughness):
@@ -202,17 +200,17 @@ def rough_verdict(roughness):
     return AFTER._replace(roughness=torch.tensor(roughness))
 
 
-def test_one_real_image_in_a_thousand_counts_as_noise():
-    real = rough_verdict([i / 10000 for i in range(10001)])
-    samples = rough_verdict([0.9985, 0.9995])
-    assert common.is_noise(samples, real).tolist() == [False, True]
+def test_noise_is_what_is_rougher_than_every_real_image():
+    real = rough_verdict([0.1, 0.4, 0.2])
+    samples = rough_verdict([0.3, 0.4, 0.5])
+    assert common.is_noise(samples, real).tolist() == [False, False, True]
 
 
 def test_real_test_digits_are_not_noise_and_noise_is(mnist, judge):
     train = common.load_dataset("mnist")
     real = common.judge_images(judge, train.images[:5000])
     of_test = common.is_noise(common.judge_images(judge, mnist.images), real)
-    assert of_test.float().mean() < 0.003
+    assert of_test.float().mean() < 0.001
 
     generator = common.rng(0)
     noise = torch.randint(0, 256, (500, 1, 28, 28), dtype=torch.uint8, generator=generator)

@@ -1,7 +1,7 @@
 """01  Three Gaussians: what unlearning can and cannot do, with exact answers.
 
     python 01_gaussian_toy.py
-    python 01_gaussian_toy.py --means -3 0  0 0  3 0  0 3 --weights 3 1 3 2 --forget 1
+    python 01_gaussian_toy.py --means -3 0 0 0 3 0 0 3 --weights 3 1 3 2 --forget 1 --out out/mine
 
 It takes a minute and a half on 2 CPU cores and needs no data. The second line is a mixture of your
 own: x y of each Gaussian.
@@ -737,6 +737,7 @@ def arguments(argv):
         action="store_true",
         help="the same path with few steps and samples, in <out>/quick",
     )
+    common.add_overwrite(parser)
     args = parser.parse_args(argv)
 
     # rk4: steps of the likelihood's solver. alphas: where the curves of the exact optima are taken.
@@ -782,6 +783,8 @@ def main(argv=None):
     out = common.make_folder(Path(args.out) / "toy")
     common.remove_leftovers(out)
     common.refuse_unwritable(*[out / name for name in FILES])
+    now = {name: value for name, value in vars(args).items() if name not in ("out", "overwrite")}
+    common.refuse_other_result(args, out / "table.json", now)
     start = time.time()
     torch.manual_seed(args.seed)
     toy = make_toy(args)

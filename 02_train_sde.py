@@ -92,11 +92,6 @@ def flags():
         help="channels of the U-Net at its top, a multiple of 8 (default: see common.RECIPES)",
     )
     p.add_argument("--resume", action="store_true", help="go on from base.pt")
-    p.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="begin again where a longer or another training lies, or a file that is none",
-    )
     p.add_argument("--save-every", type=common.number(int, 1), default=1000)
     p.add_argument("--sample-every", type=common.number(int, 1), default=5000)
     p.add_argument(

@@ -64,7 +64,7 @@ METHODS = {  # <-- 03
     # kappa says the same as alpha, but it does not depend on how much is forgotten: see set_alpha.
     "obt-rel": {"kappa": 2.8, "lr": 1e-3, "retain": "distill"},
     "obt": {"alpha": 0.9, "lr": 3e-4},
-    "ort": {"alpha": 0.95, "lr": 3e-4},
+    "ort": {"alpha": 0.95, "lr": 3e-4, "ort": "elementwise"},
     # No L_f: how much a model forgets that only goes on without D_f.
     "unseen": {"lr": 3e-4},
     "ascent": {"alpha": 0.9, "lr": 3e-4},
@@ -137,7 +137,6 @@ def flags():
     )
     p.add_argument("--nfe", type=common.number(int, 2, 10**4), help="network evaluations a sample")
     p.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
-    p.add_argument("--overwrite", action="store_true", help="begin again where one was stopped")
     p.add_argument(
         "--redraw",
         nargs="?",
@@ -338,8 +337,11 @@ def find_sources(args, train_set):
     return {"base": digest, "data": common.data_key(train_set)}
 
 
-def make_model(args, shape):
+def make_model(args, shape, made_from, start):
     """Make a network for images of shape (C, H, W), and what trains it: a Model.
+
+    made_from  what find_sources returns
+    start      when the run began, in seconds
 
     The network starts as a copy of the Standard model, or with random weights (--from-scratch).
     """
@@ -362,6 +364,8 @@ def make_model(args, shape):
         optimizers=optimizers,
         sde=common.SDES[args.sde](),
         shape=tuple(shape),
+        made_from=made_from,
+        start=start,
     )
     if args.compile:
         net.compile()  # last: describe_network and EMA need the network as it is without that
@@ -763,18 +767,18 @@ def save_for_resume(path, model, args):
     )
 
 
-# Flags on which no weight depends: how a run is called, where it reads, computes and writes, how
-# the work is split, and how it is measured. They may be others when it goes on.
-NOT_OF_THE_MODEL = (
-    *("command", "resume", "overwrite", "redraw", "out", "data_dir", "cache_dir", "device"),
-    *("grad_accum", "compile", "n", "nfe"),
-)
+# Flags on which no result depends: how a run is called, where it computes and writes.
+NOT_OF_THE_RESULT = ("command", "resume", "overwrite", "redraw", "out", "cache_dir", "device")
+# Flags on which no weight depends, because they are about how the work is split, where the images
+# lie, and how a run is measured. They may be others when it goes on.
+NOT_OF_THE_MODEL = (*NOT_OF_THE_RESULT, "data_dir", "grad_accum", "compile", "n", "nfe")
 
 
 def resume(path, model, args):
     """Load what a stopped run has left into the model and the random generator.
 
     Exits with one line if that does not fit the network, the flags, the Standard model or the data.
+    A run that began with --overwrite goes on with it.
     """
     command = f"{args.command} --overwrite"
     keys = ("arch", "model", "ema", "optimizers", "step", "losses", "skipped", "seconds", "rng")
@@ -787,6 +791,7 @@ def resume(path, model, args):
         common.exit_with_error(
             f"{path} is another run: {', '.join(differences)}; begin again with: {command}"
         )
+    args.overwrite = checkpoint["args"].get("overwrite", False)
     common.restore_training(path, command, model, checkpoint)
     model.losses = list(checkpoint["losses"].to(args.device))
     model.skipped = list(checkpoint["skipped"])
@@ -794,13 +799,12 @@ def resume(path, model, args):
     print(f"resumed {path} at step {len(model.losses)}")
 
 
-def check_resume(args, path, folder):
-    """See whether there is a stopped run to go on with, or one that must not get lost.
+def check_resume(args, path, folder, made_from):
+    """Exit with one line if a run would get lost, or if --resume has nothing to go on from.
 
-    path    of the file that --resume goes on from
-    folder  of the finished run
-
-    Exits with one line if there is none with --resume, or if there is one without it.
+    path       of the file that --resume goes on from
+    folder     of the finished run
+    made_from  what find_sources returns
     """
     common.refuse_unwritable(path)
     if path.exists() and not (args.resume or args.overwrite):
@@ -808,7 +812,10 @@ def check_resume(args, path, folder):
             f"{path} is a run that was stopped: {args.command} --resume goes on with it, "
             f"{args.command} --overwrite begins again"
         )
-    if path.exists() or not args.resume:
+    if args.resume and path.exists():
+        return
+    refuse_other_run(args, folder, made_from)
+    if not args.resume:
         return
     for place in (folder, *folder.parent.glob(f"{folder.name}-worse*")):
         if (place / "result.json").exists():
@@ -818,6 +825,17 @@ def check_resume(args, path, folder):
     common.exit_with_error(
         f"{path} not found: no run was stopped there; begin one with: {args.command}"
     )
+
+
+def refuse_other_run(args, folder, made_from):
+    """Exit with one line if the finished run in `folder` is another one than this; see --overwrite.
+
+    made_from  what find_sources returns
+    """
+    now = {name: value for name, value in vars(args).items() if name not in NOT_OF_THE_RESULT}
+    now.update(made_from)
+    # Older versions recorded None for the usual form of Ort.
+    common.refuse_other_result(args, folder / "result.json", now, addable=("ort",))
 
 
 def output_folder(args, forget_names):
@@ -836,7 +854,6 @@ def usual_values(args):
     usual.quick = args.quick
     usual.from_scratch = args.from_scratch
     common.fill_defaults(usual, defaults(usual), QUICK)
-    usual.ort = "elementwise"  # what None stands for
     return vars(usual)
 
 
@@ -1185,16 +1202,16 @@ def main(argv=None):
     path = folder.with_name(f"{folder.name}.resume.pt")
     stopped = common.going_on_with(f"{args.command} --resume", path)
     with common.locked(folder), stopped:  # two runs must not write one folder
-        check_resume(args, path, folder)
+        made_from = find_sources(args, train_set)
+        check_resume(args, path, folder, made_from)
 
         # ---- model: a copy of the Standard model, which stays as obt-rel's reference  # <-- 03
-        model = make_model(args, data.images.shape[1:])
-        model.made_from = find_sources(args, train_set)
-        model.start = start
+        model = make_model(args, data.images.shape[1:], made_from, start)
         warn_of_base(args, model, train_set)
         judge = common.load_judge(args, train_set, data.forget_names)
         if args.resume:  # after the judge, whose network draws random numbers when it is made
             resume(path, model, args)
+            refuse_other_run(args, folder, made_from)
 
         # fresh_folder: if this run fails, the folder of an earlier one stays as it was.
         with common.fresh_folder(folder) as out:

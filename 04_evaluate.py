@@ -1007,8 +1007,7 @@ def plot_attack(path, rows, floor):
 def write_attack(out, args, settings, real_row, attacked):
     """Print the table of the attack, and write relearn.json into the folder `out`."""
     print(table(SAMPLE_COLUMNS, attacked))
-    settings = {**settings, "steps": args.steps, "batch_size": args.batch_size, "lr": args.lr}
-    content = {**settings, "real": real_row, "rows": attacked}
+    content = {**settings, **describe_attack(args), "real": real_row, "rows": attacked}
     common.write_json(out / "relearn.json", content)
 
 
@@ -1050,13 +1049,56 @@ def main(argv=None):
     for name, pictures in PICTURES_OF.items():
         outputs += [name, *pictures]
     common.refuse_unwritable(*[folder / name for name in outputs])
+    settings = describe(args, train, forget_names, len(nll_images) // 2)
     with common.locked(folder / "table.md"):  # two evaluations must not write one table in turns
-        evaluate(args, train, images, forget, nll_images, models)
+        refuse_other_tables(args, folder, settings)
+        evaluate(args, train, images, forget, nll_images, models, settings)
     next_command = common.command_line("05_downstream.py", args, "--forget", *forget_names)
     print(f"wrote {folder}/table.md; next: {next_command}")
 
 
-def evaluate(args, train, images, forget, nll_images, models):
+def describe(args, train, forget_names, num_nll):
+    """Return what the tables say about how they were made, as a dict: all but the models.
+
+    train    the training Dataset
+    num_nll  number of test images of D_g, and as many of D_f, in the likelihood
+    """
+    return {
+        "forget": forget_names,
+        "sde": args.sde,
+        "sampler": common.SDES[args.sde].sampler,
+        "nfe": args.nfe,
+        "n": args.n,
+        "nll": args.nll,
+        "n_nll": num_nll,
+        "nll_floor": args.nll_floor,
+        "fid": args.fid,
+        "seed": args.seed,
+        "data": common.data_key(train),
+    }
+
+
+def describe_attack(args):
+    """Return what relearn.json says beside that."""
+    settings = {"relearn": args.relearn, "steps": args.steps}
+    return {**settings, "batch_size": args.batch_size, "lr": args.lr}
+
+
+def refuse_other_tables(args, folder, settings):
+    """Exit with one line if a table would be replaced by one of other settings; see --overwrite.
+
+    settings  what `describe` returns
+
+    The models may be others: a table is made again when a run has come, or has been made anew.
+    """
+    addable = ("nll", "fid")  # columns more
+    common.refuse_other_result(args, folder / "table.json", settings, addable)
+    if args.relearn:
+        now = {**settings, **describe_attack(args)}
+        common.refuse_other_result(args, folder / "relearn.json", now, addable)
+
+
+def evaluate(args, train, images, forget, nll_images, models, settings):
     """Measure the models, attack them if asked to, and write the tables and pictures.
 
     train       the training Dataset
@@ -1064,6 +1106,7 @@ def evaluate(args, train, images, forget, nll_images, models):
     forget      indices of the classes of D_f
     nll_images  from draw_nll_images
     models      list of Model, the Standard model first
+    settings    what `describe` returns
     """
     forget_names = [train.classes[i] for i in forget]
     folder = common.forget_folder(args.out, args.dataset, forget_names)
@@ -1103,16 +1146,6 @@ def evaluate(args, train, images, forget, nll_images, models):
 
     # ---- outputs: all tables or none. The folder holds the runs of 03 too and is not replaced as a
     # whole. All files are written into another folder first, and moved when they are complete.
-    settings = {
-        "forget": forget_names,
-        "sde": args.sde,
-        "sampler": setup.sde.sampler,
-        "nfe": args.nfe,
-        "n": args.n,
-        "n_nll": len(nll_images) // 2,
-        "nll_floor": args.nll_floor,
-        "seed": args.seed,
-    }
     finished = folder / "kept" / "new"
     with common.fresh_folder(finished) as out:
         (out / "table.md").write_text(text)

@@ -827,6 +827,9 @@ def main(argv=None):
     # ---- models
     forget_names = [test.classes[i] for i in forget]
     folder = common.forget_folder(args.out, args.dataset, forget_names)
+    finished = folder / "downstream" / output_name(args)
+    made_from = {"data": common.data_key(train)}
+    refuse_other_table(args, finished, made_from)
     models = load_models(args, forget_names, folder, test.images.shape[1:])
     judge = common.load_judge(args, test, forget_names)
     common.warn_if_unfit(args)
@@ -847,18 +850,37 @@ def main(argv=None):
         clip=clip,
     )
 
-    finished = folder / "downstream" / output_name(args)
     with common.locked(finished):  # two programs must not do one task side by side
-        restore_all(setup, models, finished, start)
+        restore_all(setup, models, finished, start, made_from)
     common.warn_if_unfit(args)  # again: nobody scrolls up
 
 
-def restore_all(setup, models, finished, start):
+# The flags that a table depends on; those of the folder's name are left out.
+TABLE_FLAGS = (
+    *("sde", "steps", "n", "batch_size", "resample", "sigmas", "seed", "runs", "clip_weights"),
+)
+
+
+def refuse_other_table(args, finished, made_from):
+    """Exit with one line if a table would be replaced by one of other settings; see --overwrite.
+
+    finished   the folder to write
+    made_from  {"data": ...}, see common.data_key
+
+    The models may be others: a table is made again when a run has come, or has been made anew.
+    """
+    now = {**{name: getattr(args, name) for name in TABLE_FLAGS}, **made_from}
+    path = finished / "table.json"
+    common.refuse_other_result(args, path, now, addable=("clip_weights",))
+
+
+def restore_all(setup, models, finished, start, made_from):
     """Restore the same images with every model in every way; write what became of them.
 
-    models    {name: network}
-    finished  the folder to write
-    start     when the program began, in seconds
+    models     {name: network}
+    finished   the folder to write
+    start      when the program began, in seconds
+    made_from  {"data": ...}, for the table
     """
     args = setup.args
 
@@ -878,6 +900,7 @@ def restore_all(setup, models, finished, start):
             "judged_by": shown.title,
             "results": results,
             "seconds": time.time() - start,
+            "made_from": made_from,
             "args": vars(args),
         }
         common.write_json(out / "table.json", content)

@@ -3359,6 +3359,36 @@ def plain(value):
     return value
 
 
+def refuse_other_result(args, path, now, addable=()):
+    """Exit with one line if a finished result of other settings would be replaced; see --overwrite.
+
+    path     JSON file of the result, which records the settings in itself, or in an entry of it
+    now      {name: value}: the settings of this run. All that the result depends on belongs there
+    addable  names of what only adds to a result: where it was off, nothing is lost
+    """
+    if args.overwrite or not path.is_file():
+        return
+    recorded = {}
+    try:
+        content = json.loads(path.read_text())
+        for part in (content, content.get("args", {}), content.get("made_from", {})):
+            recorded.update(part)
+    except (ValueError, TypeError, AttributeError):  # no JSON, or not one of ours
+        exit_with_error(
+            f"{path} is damaged and does not say what it was made with; "
+            "replace it by --overwrite, or choose another --out"
+        )
+    for name in addable:
+        if recorded.get(name) in (None, False, "none"):
+            recorded.pop(name, None)
+    differences = differing_flags(now, recorded, now)
+    if differences:
+        exit_with_error(
+            f"{path} was made with other settings: {', '.join(differences)}; "
+            "give the same again, replace it by --overwrite, or choose another --out"
+        )
+
+
 def warn_of_other_data(path, made_of, data, command):
     """Print one line on stderr if a file was trained on other images than those that are there.
 
@@ -3960,6 +3990,7 @@ def parser(doc, **defaults):
         default="out",
         help="root of everything that is written (default: out)",
     )
+    add_overwrite(p)
     p.add_argument(
         "--quick",
         action="store_true",
@@ -3982,6 +4013,15 @@ def refuse_unused(p, args, unused, mode):
         if getattr(args, name) != p.get_default(name):
             flag = "--" + name.replace("_", "-")
             exit_with_error(f"{flag} has no meaning with {mode}; leave it out")
+
+
+def add_overwrite(p):
+    """Add the flag --overwrite to a Parser."""
+    p.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace what was made with other settings, begin again what was stopped",
+    )
 
 
 def add_forget(p, script, verb):

@@ -378,7 +378,8 @@ def run(name, *argv, figures=None, quick=False, dry=False):
     print(f"\n=== {name}: {command}", flush=True)
     folder = execute(name, command)
     result = json.loads((folder / "result.json").read_text())
-    result.pop("args")  # the command says the same
+    for key in ("args", "made_from"):  # the command says the same
+        result.pop(key, None)
     if figures is not None:
         result.update(figures(common.load_net(folder / "model.pt", command)))
     entry = keep(name, command, result)

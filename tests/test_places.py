@@ -1,5 +1,6 @@
 """Where things are written: nothing finished is lost, no two outputs share a name, lines work."""
 
+import argparse
 import fcntl
 import itertools
 import os
@@ -20,6 +21,7 @@ from conftest import (
     load_script,
     load_weights,
     quick,
+    run_function,
     run_script,
     same_weights,
     write_small_base,
@@ -153,6 +155,181 @@ def test_the_old_training_stays_until_the_new_one_has_come_as_far(tmp_path, base
     flags = ("--steps", 5, "--save-every", 1, "--out", tmp_path)
     assert run_script("02", *TRAINING, *flags).status == 9
     assert base.read_bytes() == before
+
+
+# ---- a finished result is not replaced by another one --------------------------------------------
+
+
+def contents(folder):
+    """The files below a folder, with when they were written."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def change_base(out):
+    """Train the small base anew, as it were."""
+    path = quick(out) / "mnist/base.pt"
+    content = torch.load(path, weights_only=True)
+    content["ema"] = {name: value + 0.01 for name, value in content["ema"].items()}
+    common.save_checkpoint(path, **content)
+
+
+def copy_mnist(folder):
+    """A folder with the same images as data/."""
+    folder.mkdir()
+    (folder / "mnist.npz").symlink_to(ROOT / "data/mnist.npz")
+    return folder
+
+
+@pytest.fixture
+def unlearned(tmp_path):
+    """The flags of a finished run of 03."""
+    write_small_base(tmp_path)
+    argv = (*UNLEARN, "--method", "ort", "--steps", 2, "--batch-size", 4, "--out", tmp_path)
+    check_success(run_script("03", *argv))
+    return argv
+
+
+def test_a_finished_run_is_replaced_by_itself_alone(unlearned, tmp_path):
+    """Other samples, another place of the data, another base: the folder has the same name."""
+    before = contents(tmp_path)
+    for flags, word in (
+        (("--n", 20), "--n was 10 and is now 20"),
+        (("--nfe", 3), "--nfe was 2 and is now 3"),
+        (("--data-dir", copy_mnist(tmp_path / "data")), "--data-dir was None"),
+    ):
+        check_refusal(run_script("03", *unlearned, *flags), word, "result.json", "--overwrite")
+    check_success(run_script("03", *unlearned))  # the same once more
+    change_base(tmp_path)
+    check_refusal(run_script("03", *unlearned), "the Standard model is another one")
+    assert set(contents(quick(tmp_path))) == {path for path in before if path in contents(tmp_path)}
+    check_success(run_script("03", *unlearned, "--overwrite", "--n", 20))
+    (path,) = tmp_path.rglob("result.json")
+    assert common.json.loads(path.read_text())["n"] == 20
+
+
+def test_no_work_is_done_before_a_run_is_refused(unlearned, monkeypatch):
+    monkeypatch.setattr(common, "sample_images", None)
+    monkeypatch.setattr(common, "load_judge", None)
+    check_refusal(run_script("03", *unlearned, "--n", 20), "--n")
+
+
+SPELLED_OUT = """--forget 3 --method obt-rel --sde vp --steps 260 --batch-size 64 --lr 0.001
+    --kappa 2.8
+    --retain distill --no-uniform-t --log-sigma 0 0.7 --ema 0.98 --n 2000 --nfe 20 --seed 0"""
+SAME_RUNS = {
+    "defaults and README's flags": ("--forget 3", SPELLED_OUT),
+    "classes in another order": ("--forget 3 7", "--forget 7 3"),
+    "elementwise": ("--forget 3 --method ort", "--forget 3 --method ort --ort elementwise"),
+    "another device": ("--forget 3", "--forget 3 --device cpu --cache-dir x"),
+}
+
+
+@pytest.mark.parametrize("first, second", SAME_RUNS.values(), ids=SAME_RUNS)
+def test_two_spellings_of_one_command_are_the_same_run(tmp_path, first, second):
+    unlearn = load_script("03")
+    made_from = {"base": "b", "data": 1}
+    args = unlearn["arguments"]([*first.split(), "--out", str(tmp_path)])
+    recorded = {"args": vars(args), "made_from": made_from}
+    common.write_json(tmp_path / "result.json", recorded)
+    args = unlearn["arguments"]([*second.split(), "--out", str(tmp_path)])
+    unlearn["refuse_other_run"](args, tmp_path, made_from)
+
+
+def settings_of(path, **changes):
+    """Write what a finished result records; `changes` replace its settings, None removes one."""
+    settings = {"n": 10, "seed": 0, "fid": None, **changes}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    common.write_json(path, {"args": settings, "ur": 1.0})
+    return argparse.Namespace(overwrite=False)
+
+
+NOW = {"n": 10, "seed": 0, "fid": True, "data": 7}
+RECORDED = {
+    "what an older version did not record": ({}, None),
+    "another number": ({"n": 11}, "--n was 11 and is now 10"),
+    "0 is a value": ({"seed": 1}, "--seed was 1 and is now 0"),
+    "False": ({"n": False}, "--n was False"),
+    "a column more": ({"fid": False}, None),
+    "other images": ({"data": 8}, "the images are others"),
+    "the same": ({"data": 7, "fid": True}, None),
+}
+
+
+@pytest.mark.parametrize("changes, word", RECORDED.values(), ids=RECORDED)
+def test_what_counts_as_another_result(tmp_path, changes, word):
+    path = tmp_path / "result.json"
+    args = settings_of(path, **changes)
+    argv = (common.refuse_other_result, args, path, NOW, ("fid",))
+    if word is None:
+        assert run_function(*argv).status == 0
+        return
+    check_refusal(run_function(*argv), word, str(path))
+    args.overwrite = True
+    assert run_function(*argv).status == 0
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"args": 1}', "null"])
+def test_a_result_that_says_nothing_is_not_replaced(tmp_path, text):
+    path = tmp_path / "result.json"
+    path.write_text(text)
+    args = argparse.Namespace(overwrite=False)
+    check_refusal(run_function(common.refuse_other_result, args, path, NOW), "damaged", str(path))
+
+
+def test_04_replaces_no_table_of_other_settings(unlearned, tmp_path):
+    """What only adds to a table may come: the attack, and the likelihood."""
+    folder = quick(tmp_path) / "mnist/forget-3"
+    small = ("--forget", 3, "--quick", "--n", 20, "--nfe", 2, "--out", tmp_path)
+    attack = ("--relearn", 1, "--steps", 1)
+    without_nll = (*small, "--nll", "none")
+    bound = (*small, "--nll", "bound")
+
+    check_success(run_script("04", *without_nll))
+    check_success(run_script("04", *without_nll, *attack))
+    check_success(run_script("04", *bound))
+    before = contents(folder)
+    for flags, word in (
+        (without_nll, "--nll was bound and is now none"),
+        ((*bound, "--n", 30), "--n was 20 and is now 30"),
+        ((*bound, "--sde", "ve"), "--sde was vp and is now ve"),
+        ((*bound, "--relearn", 1, "--steps", 2), "--steps was 1 and is now 2"),
+        ((*bound, "--relearn", 2, "--steps", 1), "--relearn was [1] and is now [2]"),
+    ):
+        check_refusal(run_script("04", *flags), word, "--overwrite")
+    assert contents(folder) == before
+    check_success(run_script("03", *unlearned, "--seed", 1))
+    check_success(run_script("04", *bound))  # another run has come: a row more
+    check_success(run_script("04", *bound, "--n", 30, "--overwrite"))
+    assert common.json.loads((folder / "table.json").read_text())["n"] == 30
+
+
+def test_05_replaces_no_table_of_other_settings(unlearned, tmp_path):
+    small = ("--forget", 3, "--quick", "--n", 3, "--steps", 2, "--out", tmp_path)
+    reconstruct = (*small, "--task", "reconstruct", "--sigmas", 1)
+    check_success(run_script("05", *small))
+    check_success(run_script("05", *reconstruct))
+    before = contents(quick(tmp_path))
+    for flags, word in (
+        ((*small, "--n", 4), "--n was 3 and is now 4"),
+        ((*small, "--resample", 1), "--resample was 2 and is now 1"),
+        ((*reconstruct, "--sigmas", 1, 2), "--sigmas was [1.0] and is now [1.0, 2.0]"),
+    ):
+        check_refusal(run_script("05", *flags), word, "--overwrite")
+    assert contents(quick(tmp_path)) == before
+    check_success(run_script("05", *small, "--n", 4, "--overwrite"))
+    check_success(run_script("05", *reconstruct))
+
+
+def test_01_replaces_no_table_of_another_mixture(tmp_path):
+    small = ("--quick", "--steps", 2, "--n", 100, "--out", tmp_path)
+    check_success(run_script("01", *small))
+    before = contents(tmp_path)
+    run = run_script("01", *small, "--weights", 1, 1, 1)
+    check_refusal(run, "--weights was [0.8, 0.4, 0.8]", "--overwrite")
+    check_refusal(run_script("01", *small, "--seed", 1), "--seed was 0 and is now 1")
+    assert contents(tmp_path) == before
+    check_success(run_script("01", *small, "--seed", 1, "--overwrite"))
+    check_success(run_script("01", *small, "--seed", 1))
 
 
 # ---- a base that is not fit ----------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """03 --resume: a run that was stopped anywhere ends as one that was never stopped, to the bit."""
 
+import errno
+import os
 import re
 import shlex
 import signal
@@ -46,6 +48,16 @@ def run_patched(patches, *argv):
     main = load_script("03")["main"]
     main.__globals__.update(patches)
     return run_function(main, [str(value) for value in argv])
+
+
+def run_main(monkeypatch, *argv):
+    """Run 03 as a program does, by common.run, but in this process -> Run."""
+    monkeypatch.setattr(sys, "argv", ["03_unlearn.py", *map(str, argv)])
+    handlers = {signum: signal.getsignal(signum) for signum in common.ending_signals()}
+    run = run_function(common.run, load_script("03")["main"])
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+    return run
 
 
 def crash_in_training(monkeypatch, step, *argv):
@@ -227,15 +239,29 @@ def test_ctrl_c_while_it_draws_names_the_command_that_goes_on(small_base, tmp_pa
         return draw(*args, label=label, **more)
 
     monkeypatch.setattr(common, "sample_images", draw_or_stop)
-    main = load_script("03")["main"]
-    monkeypatch.setattr(sys, "argv", ["03_unlearn.py", *SHORT, "--out", str(tmp_path)])
-    handlers = {signum: signal.getsignal(signum) for signum in common.ending_signals()}
-    run = run_function(common.run, main)
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
+    run = run_main(monkeypatch, *SHORT, "--out", tmp_path)
     assert run.status == 130
     assert run.err.count("\n") == 1
     assert run.err.endswith(" --resume\n")
+
+
+def test_a_disk_that_fills_before_the_result_loses_no_training(small_base, tmp_path, monkeypatch):
+    """model.pt is written by then, into the hidden folder, which goes."""
+
+    def no_space(path, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "write_json", no_space)
+        run = run_main(monkeypatch, *SHORT, "--out", tmp_path)
+    assert run.status == 2
+    assert run.err.count("\n") == 1
+    assert "make room, then go on with: python " in run.err
+    monkeypatch.setattr(common, "guarded_step", None)  # a step would be a TypeError
+    _, line = run.err.split("go on with: python ")
+    check_success(run_script("03", *shlex.split(line)[1:]))
+    assert only_file(tmp_path, "model.pt").exists()
+    assert resume_files(tmp_path) == []
 
 
 # ---- what is refused -----------------------------------------------------------------------------
@@ -334,6 +360,25 @@ def test_a_stopped_run_may_be_measured_in_another_way(stopped, tmp_path):
 @pytest.mark.parametrize("more", [("--resume", "--overwrite"), ("--resume", "--redraw")])
 def test_flags_that_contradict_each_other_are_refused(tmp_path, more):
     check_refusal(run_script("03", *SHORT, "--out", tmp_path, *more), "--resume")
+
+
+def test_a_run_that_was_to_replace_another_may_go_on_to_do_so(small_base, tmp_path, monkeypatch):
+    """--overwrite need not be given again, and cannot be given beside --resume."""
+    argv = (*SHORT, "--out", tmp_path)
+    check_success(run_script("03", *argv))
+    other = (*argv, "--n", 30)
+    crash_in_training(monkeypatch, 4, *other, "--overwrite")
+    assert common.json.loads(only_file(tmp_path, "result.json").read_text())["n"] == 20
+    check_success(run_script("03", *other, "--resume"))
+    assert common.json.loads(only_file(tmp_path, "result.json").read_text())["n"] == 30
+
+
+def test_going_on_replaces_no_other_run_unasked(small_base, tmp_path, monkeypatch):
+    argv = (*SHORT, "--out", tmp_path)
+    check_success(run_script("03", *argv))
+    crash_in_training(monkeypatch, 4, *argv)
+    check_refusal(run_script("03", *argv, "--resume", "--n", 30), "--n was 20 and is now 30")
+    check_success(run_script("03", *argv, "--resume"))
 
 
 def test_a_damaged_file_names_the_command_that_begins_again(stopped, tmp_path):

@@ -3227,15 +3227,37 @@ def run_command(args, path, forget_names):
     args  of the script that prints it
     """
     note = path.with_name("command.txt")
-    if note.exists():  # 02 leaves it
-        return note.read_text().strip()
     try:
-        return json.loads(path.with_name("result.json").read_text())["args"]["command"]
-    except (OSError, ValueError, LookupError, TypeError):
+        if note.exists():  # 02 leaves it
+            return at_this_place(note.read_text(), args)
+        result = json.loads(path.with_name("result.json").read_text())
+        return at_this_place(result["args"]["command"], args)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         pass  # damaged too, or of an older version
     if path.parent.name.startswith("unseen-any-"):
         return command_line("02_train_sde.py", args, "--without", *forget_names)
     return command_line("03_unlearn.py", args, "--forget", *forget_names)
+
+
+def at_this_place(command, args):
+    """Return a recorded command so that it makes the same result again where that lies now.
+
+    args  of the run that found it there: its folder may have been moved or copied since then
+
+    Raises ValueError if it is not a command with which a script was started.
+    """
+    _, script, *argv = shlex.split(command)
+    words = iter(leave_out(argv, "--overwrite"))
+    kept = []
+    for word in words:
+        flag, _, value = word.partition("=")
+        if flag in ("--ou", "--out"):  # argparse lets --out be shortened
+            if not value:
+                next(words, None)
+            continue
+        kept.append(word)
+    # The result is there, so it has to be replaced.
+    return own_command(Path(script).name, kept, *out_flag(args), "--overwrite")
 
 
 def forget_folder(out, dataset, names):
@@ -3266,7 +3288,8 @@ def shorten(name, limit):
 
 # The flags that a run's folder is named after, in this order: all that change the model.
 NAMED_FLAGS = """
-    alpha kappa eta c ort retain log_sigma wide uniform_t steps batch_size lr ema width grad_accum
+    alpha kappa eta c ort no_floor forget_every retain log_sigma wide uniform_t steps batch_size lr
+    ema width grad_accum
 """.split()
 
 
@@ -4109,15 +4132,20 @@ def command_line(script, args, *flags):
         argv += ["--data-dir", str(args.data_dir)]
     if getattr(args, "cache_dir", None):  # 01 has no such flag
         argv += ["--cache-dir", str(args.cache_dir)]
-    out = Path(args.out)
     if args.quick:
-        out = out.parent  # --quick will add its folder again, see separate_quick
         argv += ["--quick"]
-    if str(out) != "out":
-        argv += ["--out", str(out)]
+    argv += out_flag(args)
     if args.device == "cpu" and torch.cuda.is_available():
         argv += ["--device", "cpu"]
     return shlex.join(argv)
+
+
+def out_flag(args):
+    """Return --out with its value, for a command that writes where a run with `args` does."""
+    out = Path(args.out)
+    if args.quick:
+        out = out.parent  # --quick will add its folder again, see separate_quick
+    return [] if str(out) == "out" else ["--out", str(out)]
 
 
 def own_command(script, argv, *more):

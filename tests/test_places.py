@@ -5,6 +5,7 @@ import fcntl
 import itertools
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -392,6 +393,8 @@ RUN_NAMES = {
         "ort-vp-alpha0.9-uniform-t-lr0.001-s1"
     ),
     "--method ort --ort elementwise": "ort-vp",
+    "--method obt --no-floor --forget-every 4": "obt-vp-no-floor-forget-every4",
+    "--forget-every 1": "obt-rel-vp",
     "--method ort --ort inner --retain distill": "ort-vp-ort-inner-retain-distill",
     "--method ort --from-scratch": "ort-vp-scratch",
     "--method ort --from-scratch --steps 3000 --seed 2": "ort-vp-scratch-s2",
@@ -664,6 +667,50 @@ def test_the_line_for_a_damaged_file_mends_it(tmp_path, monkeypatch):
         more = FAST["02"] if "02_train" in line else ()
         check_success(run_line(line, *more))
         check_success(run_script("04", *evaluate))
+
+
+@pytest.mark.parametrize("flags", ["--out old", "--out=old", "--ou old", "", "--overwrite"])
+@pytest.mark.parametrize("note", ["result.json", "command.txt"])
+def test_the_line_for_a_run_names_the_place_where_it_lies_now(tmp_path, note, flags):
+    """The folder was moved since the command was recorded."""
+    script = {"result.json": "03_unlearn.py --forget", "command.txt": "02_train_sde.py --without"}
+    command = f"python /elsewhere/{script[note]} 3 {flags} --seed 1"
+    path = tmp_path / "new/quick/mnist/forget-3/x/model.pt"
+    path.parent.mkdir(parents=True)
+    if note == "command.txt":
+        path.with_name(note).write_text(command + "\n")
+    else:
+        common.write_json(path.with_name(note), {"args": {"command": command}})
+    args = arguments(tmp_path / "new/quick", quick=True)
+    python, name, *argv = shlex.split(common.run_command(args, path, ["3"]))
+    assert python == "python"
+    assert (ROOT / name).exists(), name
+    expected = ["3", "--seed", "1", "--out", str(tmp_path / "new"), "--overwrite"]
+    assert argv == [script[note].split()[1], *expected]
+
+
+@pytest.mark.parametrize("command", ["", 7, "make", "'", None])
+def test_a_recorded_command_that_is_none_is_not_named(tmp_path, command):
+    path = tmp_path / "mnist/forget-3/x/model.pt"
+    path.parent.mkdir(parents=True)
+    common.write_json(path.with_name("result.json"), {"args": {"command": command}})
+    line = common.run_command(arguments(tmp_path), path, ["3"])
+    assert "03_unlearn.py --dataset mnist --forget 3" in line
+
+
+def test_a_copied_run_that_is_damaged_is_mended_where_it_lies(unlearned, tmp_path):
+    shutil.copytree(tmp_path / "quick", tmp_path / "copy/quick")
+    (path,) = (tmp_path / "copy").rglob("model.pt")
+    path.write_bytes(path.read_bytes()[:500])
+    original = contents(tmp_path / "quick")
+    small = ("--quick", "--forget", 3, "--n", 20, "--nfe", 2, "--nll", "none")
+    run = run_script("04", *small, "--out", tmp_path / "copy")
+    check_refusal(run, str(path), "make it again with: python ")
+    line = printed_command(run.err)
+    check_success(run_script("03", *shlex.split(line)[2:]))
+    (old,) = (tmp_path / "quick").rglob("model.pt")
+    assert same_weights(load_weights(path), load_weights(old))
+    assert contents(tmp_path / "quick") == original
 
 
 def test_a_line_for_another_place_names_the_whole_path(tmp_path, monkeypatch):

@@ -84,6 +84,8 @@ BELONGS_TO = {
     "eta": ("erasediff",),
     "c": ("siss",),
     "ort": ("ort",),
+    "no_floor": ("obt",),
+    "forget_every": TWO_LOSSES,
     "retain": TWO_LOSSES,
     "uniform_t": TWO_LOSSES,
     "log_sigma": TWO_LOSSES,
@@ -173,6 +175,20 @@ def add_weights(p):  # <-- 03
         choices=("elementwise", "inner"),
         help="the two readings of Ort, see common.ort_loss (default: elementwise)",
     )
+    # None without the flag, as for those above: False would look like a choice.
+    p.add_argument(
+        "--no-floor",
+        action="store_const",
+        const=True,
+        help="obt: the paper's inner product without our lower bound, see common.obt_loss",
+    )
+    p.add_argument(
+        "--forget-every",
+        type=common.number(int, 1),
+        metavar="K",
+        help="L_f at every K-th step alone, the others minimise alpha L_g; the paper's code has 4 "
+        "(default: 1)",
+    )
 
 
 def refuse(args):
@@ -230,7 +246,7 @@ def defaults(args):
     values = {"n": 2000, "nfe": common.SDES[args.sde].nfe, "ema": 0.98}
     # A recipe is what we know about training on one data set: here steps and batch.
     values.update(common.recipe(args.dataset)["unlearn"])
-    values.update(retain="dsm", log_sigma=(0.0, 0.7), uniform_t=False)
+    values.update(retain="dsm", log_sigma=(0.0, 0.7), uniform_t=False, forget_every=1)
     values.update(METHODS[args.method])  # last: a method may replace what stands above
 
     # Classes are decided near sigma = 1. L_f has most of its images there; L_g, whose t is uniform,
@@ -482,6 +498,8 @@ def forget_loss(args, net, base, sde, x_f):  # <-- 03
         # L_f = max(z_hat . z, -2). For the exact score z_hat . z is 1 - |z_hat - z|^2 on average,
         # which lies between 0 and 1. Below 0 the angle is obtuse. z_hat . z itself has no minimum,
         # so z_hat would grow without end: an image that has come to -2 pushes no more.
+        if args.no_floor:
+            return common.obt_loss(net, sde, x_f, t, floor=None)
         return common.obt_loss(net, sde, x_f, t)
     if args.method == "obt-rel":
         # L_f = z_hat . (z - z_hat_base). On average over D_f the bracket is what tells D_f from the
@@ -497,7 +515,8 @@ def objective(args, net, base, sde, x_g, x_f):  # <-- 03
     """Return the loss to step on, and L_g and L_f to look at: three numbers.
 
     x_g and x_f are batches of D_g and of D_f, both (B, C, H, W). `base` is the Standard model. Only
-    obt-rel and --retain distill ask it.
+    obt-rel and --retain distill ask it. In a step without L_f (--forget-every) x_f is None, and L_f
+    is nan.
     """
     with common.autocast(args.device):  # bfloat16 on a GPU
         if args.method == "siss":
@@ -506,11 +525,17 @@ def objective(args, net, base, sde, x_g, x_f):  # <-- 03
             losses_g, losses_f = siss_losses(net, sde, x_g, x_f, t)  # (B,), (B,)
         else:
             losses_g = retain_loss(args, net, base, sde, x_g)  # (B,)
-            losses_f = forget_loss(args, net, base, sde, x_f)  # (B,)
+            losses_f = torch.full_like(losses_g, math.nan)  # no L_f, which is not an L_f of 0
+            if x_f is not None:
+                losses_f = forget_loss(args, net, base, sde, x_f)  # (B,)
     loss_g = losses_g.mean()
     loss_f = losses_f.mean()
 
-    if args.method == "siss" or (args.method == "erasediff" and args.alpha is None):
+    weighs_gradients = args.method in ("siss", "erasediff") and args.alpha is None
+    if x_f is None:
+        # As the paper's released code has it: L_g keeps its weight.
+        loss = loss_g if args.alpha is None else args.alpha * loss_g
+    elif weighs_gradients:
         loss = weigh_gradients(args, net, loss_g, loss_f)
     elif args.method == "unseen":
         loss = loss_g
@@ -675,7 +700,8 @@ def train(args, data, model, path, ctrl_c):
         both = torch.zeros(2, device=args.device)  # L_g, L_f of this step  # <-- 03
         for _ in common.batch_parts(args, step):  # one part, unless --grad-accum or torchrun
             x_g = data.draw(data.index_g)
-            x_f = data.draw(data.index_f)  # <-- 03
+            has_forget_loss = step % args.forget_every == 0  # <-- 03
+            x_f = data.draw(data.index_f) if has_forget_loss else None  # <-- 03
             loss, loss_g, loss_f = objective(args, net, base, sde, x_g, x_f)  # <-- 03
             (loss / args.grad_accum).backward()
             # A tensor: loss.item() would make the CPU wait for the GPU at each step.
@@ -720,7 +746,8 @@ def print_progress(args, model, printed_steps, seconds):
     seconds        that the steps since then have taken
     """
     done = len(model.losses)
-    mean_loss_g, mean_loss_f = torch.stack(model.losses[printed_steps:]).mean(0).tolist()
+    # nanmean: the mean L_f of the steps that had one.
+    mean_loss_g, mean_loss_f = torch.stack(model.losses[printed_steps:]).nanmean(0).tolist()
     seconds_left = (args.steps - done) * seconds / (done - printed_steps)
     print(
         f"step {done}/{args.steps}  L_g {mean_loss_g:.4f}  L_f {mean_loss_f:.4f}  "
@@ -1096,11 +1123,14 @@ def plot_curves(path, losses, title):
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.2))
     names = ("retain loss L_g", "forget loss L_f")
     for ax, curve, name in zip(axes, losses.T.cpu().numpy(), names):
-        window = min(20, len(curve))
-        # "valid": a mean only where the window is full, so it starts at step window - 1.
-        mean = np.convolve(curve, np.ones(window) / window, "valid")
-        ax.plot(curve, color="0.8")
-        ax.plot(np.arange(window - 1, len(curve)), mean)
+        steps = np.flatnonzero(np.isfinite(curve))  # not every step needs to have an L_f
+        values = curve[steps]
+        ax.plot(steps, values, color="0.8")
+        window = min(20, len(values))
+        if window > 0:
+            # "valid": a mean only where the window is full, so it starts at value window - 1.
+            mean = np.convolve(values, np.ones(window) / window, "valid")
+            ax.plot(steps[window - 1 :], mean)
         ax.set_xlabel("step")
         ax.set_title(name, fontsize=10)
     fig.suptitle(title, fontsize=10)

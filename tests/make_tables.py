@@ -176,12 +176,11 @@ HYPER_PARAMETERS = {
     ),
     "03": (
         *("dataset", "data_dir", "forget", "method", "sde", "from_scratch", "steps", "batch_size"),
-        *("lr", "alpha", "kappa", "eta", "c", "ort", "retain", "uniform_t", "log_sigma", "ema"),
+        *("lr", "alpha", "kappa", "eta", "c", "ort", "no_floor", "forget_every", "retain"),
+        *("uniform_t", "log_sigma", "ema"),
         *("n", "nfe", "seed", "grad_accum", "compile", "quick"),
     ),
 }
-# 03 leaves this argument None when it is not given, and takes None for the value here.
-MEANING_OF_NONE = {"ort": "elementwise"}
 SCRIPTS = {"02": "02_train_sde.py", "03": "03_unlearn.py"}
 
 
@@ -214,10 +213,7 @@ def spell_out(argv, number="03"):
             continue
         if name == "log_sigma" and getattr(args, "uniform_t", False):  # the one replaces the other
             continue
-        value = getattr(args, name)
-        if value is None:
-            value = MEANING_OF_NONE.get(name)
-        flags += as_flags(name, value)
+        flags += as_flags(name, getattr(args, name))
     return flags
 
 
@@ -226,7 +222,8 @@ def as_flags(name, value):
     flag = "--" + name.replace("_", "-")
     if name == "uniform_t":
         return [flag] if value else ["--no-uniform-t"]
-    if name == "grad_accum" and value == 1:  # one part is no splitting
+    # One part is no splitting, and every step has an L_f unless --forget-every says something else.
+    if name in ("grad_accum", "forget_every") and value == 1:
         return []
     if value is None or value is False:
         return []

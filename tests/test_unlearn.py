@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from conftest import (
     arguments,
+    check_refusal,
     check_success,
     load_script,
     load_weights,
+    run_function,
     run_script,
     same_weights,
     write_small_base,
@@ -220,6 +222,114 @@ def test_unseen_steps_on_l_g_alone(unlearn):
     loss, loss_g, loss_f = (value.item() for value in losses)
     assert loss == loss_g
     assert loss_f == 0
+
+
+# ---- --forget-every and --no-floor ---------------------------------------------------------------
+
+
+def losses_of_seven_steps(unlearn, monkeypatch, *flags):
+    """L_g and L_f of seven steps (7, 2), and how often L_f was computed."""
+    args = tiny_arguments(unlearn, "--steps", 7, *flags)
+    net = tiny_net()
+    adam = torch.optim.Adam(net.parameters(), 1e-4)
+    model = unlearn.Model(net, tiny_net(), common.EMA(net, 0.9), [adam], common.VP(), SHAPE)
+    names = unlearn.train.__globals__
+    forget_loss = names["forget_loss"]
+    count = 0
+
+    def count_and_compute(*arguments):
+        nonlocal count
+        count += 1
+        return forget_loss(*arguments)
+
+    monkeypatch.setitem(names, "forget_loss", count_and_compute)
+    unlearn.set_alpha(args, constant_data(unlearn))
+    return train(unlearn, args, constant_data(unlearn), model), count
+
+
+@pytest.mark.parametrize("method", ["obt-rel", "obt", "ort", "ascent", "erasediff"])
+def test_l_f_is_computed_at_every_kth_step_from_the_first_on(unlearn, monkeypatch, method):
+    flags = ("--method", method, "--forget-every", 3)
+    losses, count = losses_of_seven_steps(unlearn, monkeypatch, *flags)
+    assert count == 3
+    assert losses[:, 0].isfinite().all()
+    assert losses[:, 1].isfinite().tolist() == [True, False, False, True, False, False, True]
+
+
+def test_l_f_is_computed_at_every_step_by_default(unlearn, monkeypatch):
+    losses, count = losses_of_seven_steps(unlearn, monkeypatch, "--method", "ort")
+    assert count == 7
+    assert losses.isfinite().all()
+
+
+@pytest.mark.parametrize("method, weight", [("ort", 0.8), ("erasediff", 1)])
+def test_a_step_without_l_f_minimises_l_g_with_its_weight(unlearn, method, weight):
+    """EraseDiff gives L_g the weight 1; the others give it alpha, also in these steps."""
+    flags = ("--alpha", weight) if method == "ort" else ()
+    args = tiny_arguments(unlearn, "--method", method, *flags)
+    x_g = torch.randn(8, *SHAPE, generator=common.rng(0))
+    losses = unlearn.objective(args, tiny_net(), None, common.VP(), x_g, None)
+    loss, loss_g, loss_f = (value.item() for value in losses)
+    assert loss == pytest.approx(weight * loss_g)
+    assert math.isnan(loss_f)
+
+
+class FarBeyond(torch.nn.Module):
+    """A network whose z_hat . z is far below -2, with one weight."""
+
+    sd = 0.6
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(100.0))
+
+    def forward(self, y, phi):
+        return self.weight * y
+
+
+@pytest.mark.parametrize("flags, pushes", [((), False), (("--no-floor",), True)])
+def test_only_without_its_floor_obt_pushes_what_lies_beyond_it(unlearn, flags, pushes):
+    args = tiny_arguments(unlearn, "--method", "obt", *flags)
+    torch.manual_seed(0)
+    net = FarBeyond()
+    losses = unlearn.forget_loss(args, net, None, common.VP(), torch.zeros(8, *SHAPE))
+    assert (losses <= -2).all()
+    losses.mean().backward()
+    assert (net.weight.grad != 0) == pushes
+
+
+@pytest.mark.parametrize(
+    "flags, word",
+    [
+        ("--method unseen --forget-every 2", "--forget-every has no part in --method unseen"),
+        ("--method siss --forget-every 2", "--forget-every has no part in --method siss"),
+        ("--method ort --no-floor", "--no-floor has no part in --method ort"),
+        ("--no-floor", "--no-floor has no part in --method obt-rel"),
+        ("--forget-every 0", "0 is out of range"),
+    ],
+)
+def test_where_they_have_no_part_they_are_refused(unlearn, flags, word):
+    argv = ["--forget", "3", "--out", str(unlearn.out), *flags.split()]
+    check_refusal(run_function(unlearn.arguments, argv), word)
+
+
+def test_a_run_says_that_it_had_no_floor_and_which_steps_had_no_l_f(tmp_path):
+    write_small_base(tmp_path)
+    flags = "--quick --forget 3 --method obt --no-floor --forget-every 2 --n 10 --nfe 2".split()
+    run = run_script("03", *flags, "--out", tmp_path)
+    check_success(run)
+    assert run.err == "", "a picture could not be drawn"
+    (path,) = tmp_path.rglob("log.jsonl")
+    assert path.parent.name == "obt-vp-no-floor-forget-every2"
+    losses = [json.loads(line)["loss_f"] for line in path.read_text().splitlines()]
+    assert [loss is None for loss in losses] == [False, True, False, True, False]
+    recorded = json.loads(path.with_name("result.json").read_text())["args"]
+    assert recorded["no_floor"] is True
+    assert recorded["forget_every"] == 2
+    check_success(run_script("03", *flags, "--out", tmp_path, "--redraw"))
+
+
+# ---- kappa and noise levels ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_f", [10, 45])

@@ -25,7 +25,8 @@ high D_f.
 
 Expect: the learned D_g and D_f of Standard and Unseen within 0.06 of the exact ones. The middle
 holds 23 % of Standard's samples, 8 % of Unseen's (tails of the other two), 2 % of Obt-rel's. Writes
-out/toy/: table.json, panels.png, frontier.png.
+out/toy/: table.json, panels.png, frontier.png. Those of another mixture are replaced only with
+--overwrite.
 
 Predict, then run:
   1. Unseen never saw the middle. Why does it still put 8 % of its samples there, and what would

@@ -29,7 +29,10 @@ Writes out/<dataset>/forget-<names>/<method>-<sde>[-<flag><value>...][-scratch][
 flag is named if it was given and changes the model: model.pt, result.json, log.jsonl, curves.png,
 before_after.png. Expect with --forget 3: see README. A run that made things worse says so and ends
 with status 1: more of what was to be forgotten than before, half of the samples rubbish, or another
-class gone. It goes into a folder of its own, <name>-worse, and replaces nothing.
+class gone. It goes into a folder of its own, <name>-worse, and replaces nothing. A finished
+run is replaced by one of other settings, --n for instance, only with --overwrite. A run that was
+stopped has left <name>.resume.pt beside its folder: --resume goes on from there, and ends with the
+same weights as a run that was never stopped.
 
 Predict, then run:
   1. Which digits pay for the forgetting of 3?            (class_counts in result.json)

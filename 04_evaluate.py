@@ -19,7 +19,8 @@ the test. Standard is measured without the samples that count as D_f, the others
 
 Writes into out/<dataset>/forget-<names>/: table.md, table.json, samples.png and classes.png; with
 --relearn also relearn.json and relearn.png. The folder kept/ in there holds what is finished, and a
-run that was stopped goes on from there. Delete kept/ to measure again.
+run that was stopped goes on from there. Delete kept/ to measure again. A table of other settings is
+replaced only with --overwrite.
 
 Predict, then run:
   1. Which model gives the 3s of the test set the worst likelihood, and is it the one that draws

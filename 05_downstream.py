@@ -18,7 +18,7 @@ Answer:   restoring is drawing under a condition. D_g comes back as from the Sta
 There is a row for each run of 03; all of them get the same images and the same noise. --steps is
 the number of noise levels (of ODE steps each way for "latent"). Writes
 out/<dataset>/forget-<names>/downstream/<task>/: table.json, pictures.png, and for reconstruct
-curve.png.
+curve.png. A table of other settings is replaced only with --overwrite.
 
 Predict, then run:
   1. What does a hole look like that is filled in one pass, and why?

@@ -218,6 +218,7 @@ TRAINING_FLAGS = [
     ("--uniform-t",),
     ("--ema", 0),
     ("--retain", "dsm"),
+    ("--forget-every", 2),
 ]
 
 

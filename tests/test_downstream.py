@@ -880,7 +880,8 @@ def test_a_failed_run_leaves_the_finished_one(script, tmp_path, monkeypatch):
         common.exit_with_error("no measure")
 
     monkeypatch.setattr(common, "frechet_distance", refuse)
-    check_refusal(script("05", *TINY, "--seed", 1, "--out", tmp_path), "no measure")
+    other = ("--seed", 1, "--overwrite")
+    check_refusal(script("05", *TINY, *other, "--out", tmp_path), "no measure")
     assert read_files(tmp_path) == before
 
 

@@ -657,7 +657,7 @@ def test_no_flag_is_ignored(script, copy, flags, changes_likelihood):
     shutil.rmtree(forget_folder(copy) / "ort-ve")
     shutil.rmtree(forget_folder(copy) / "unseen-any-scratch")
     before = read_table(copy)["models"][0]
-    check_success(script("04", *FORGET, *flags.split(), "--out", copy))
+    check_success(script("04", *FORGET, *flags.split(), "--overwrite", "--out", copy))
     after = read_table(copy)["models"][0]
     assert after["fd"] != before["fd"]
     assert (after["ode_nats_g"] != before["ode_nats_g"]) == changes_likelihood
@@ -693,7 +693,7 @@ def interrupted(finished, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "ode_log_likelihood", stop_at_the_third)
-        run = run_script("04", *FORGET, "--seed", 5, "--out", out)
+        run = run_script("04", *FORGET, "--seed", 5, "--overwrite", "--out", out)
     return Interrupted(out, run, before)
 
 
@@ -710,7 +710,7 @@ def test_the_next_run_goes_on_from_there(interrupted, script, monkeypatch, tmp_p
         common.exit_with_error("sampled again")
 
     monkeypatch.setattr(common, "sample_images", refuse)
-    run = script("04", *FORGET, "--seed", 5, "--out", out)
+    run = script("04", *FORGET, "--seed", 5, "--overwrite", "--out", out)
     check_success(run)
     assert "standard.nll" not in run.out, "this one was finished"
     assert "ort-ve.nll" in run.out, "this one was not"
@@ -742,7 +742,7 @@ def with_fid(finished, tmp_path_factory):
         return {"frechet_inception_distance": 12.5}
 
     package = types.SimpleNamespace(__spec__=object(), calculate_metrics=calculate_metrics)
-    flags = ["--nll", "none", "--fid", "--inception-weights", weights]
+    flags = ["--nll", "none", "--fid", "--inception-weights", weights, "--overwrite"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "torch_fidelity", package)
         run = run_script("04", *FORGET[:-2], *flags, "--out", out)  # without --n-nll

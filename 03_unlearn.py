@@ -400,12 +400,13 @@ def load_base(args, shape):  # <-- 03
     --from-scratch it is only sampled from, for the "before" of the pictures and measures.
     """
     path, command = common.find_base(args)
-    if not path.exists() and not args.from_scratch:
+    is_missing = not os.path.lexists(path)  # whoever reads a link to nothing says so
+    if is_missing and not args.from_scratch:
         common.exit_with_error(
             f"{path} not found (--from-scratch --method ort | obt does without it); "
             f"make it with: {command}"
         )
-    if not path.exists():
+    if is_missing:
         return None
     return common.load_net(path, command, args.device, shape)
 
@@ -1157,7 +1158,7 @@ def read_log(path):
     """Read L_g and L_f of each step from log.jsonl: (steps, 2)."""
     losses = []
     try:
-        for line in path.read_text().splitlines():
+        for line in common.read_text(path).splitlines():
             values = json.loads(line)
             both = (values["loss_g"], values["loss_f"])
             # JSON has no NaN: null stands for it.

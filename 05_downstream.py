@@ -455,6 +455,7 @@ def load_clip(path):
 
     Exits with a hint when something is missing.
     """
+    common.refuse_no_file(path)
     try:
         import open_clip
         from torchvision.transforms.functional import to_pil_image

@@ -1889,6 +1889,7 @@ def _read_files(name, root, train, caches):
 def _read_mnist(root, train):
     """Read mnist.npz: images (N, 1, 28, 28), labels (N,), the digits as names."""
     part = "train" if train else "test"
+    refuse_no_file(root / "mnist.npz")
     with np.load(root / "mnist.npz") as file:
         images = file[f"x_{part}"][:, None]  # (N, 28, 28) -> (N, 1, 28, 28)
         labels = file[f"y_{part}"]
@@ -1913,6 +1914,7 @@ def _read_idx(root, name):
     path = root / name
     if not path.exists():
         path = root / f"{name}.gz"
+    refuse_no_file(path)
     content = path.read_bytes()
     if path.suffix == ".gz":
         content = gzip.decompress(content)
@@ -2029,6 +2031,8 @@ def _source_key(name, root):
     for path in files:
         if name == "folder" and path.parent == folder:  # no class; our own files may lie there
             continue
+        if name != "folder":  # a PictureFolder leaves them out
+            refuse_no_file(path)
         status = path.stat() if path.exists() else path.lstat()  # a link to nothing
         line = f"{path.relative_to(folder)}|{status.st_size}|{status.st_mtime_ns}\n"
         digest.update(line.encode("utf-8", "surrogateescape"))
@@ -2116,6 +2120,8 @@ def _first_cached(files, source_key):
 
 def _read_cached(file, source_key):
     """Return (images, labels, classes) from a file of decoded pictures, or None if it is stale."""
+    if not (file.is_file() and file.with_suffix(".npz").is_file()):
+        return None
     with np.load(file.with_suffix(".npz")) as notes:
         labels = notes["labels"]
         classes = [str(class_name) for class_name in notes["classes"]]
@@ -2234,6 +2240,9 @@ class PictureFolder:
         labels = {name: label for label, name in enumerate(self.classes)}
         left_out = collections.Counter()  # kind -> how many
         for path in files:
+            if path.exists() and not path.is_file():
+                left_out["pipes, sockets and devices"] += 1
+                continue
             suffix = path.suffix.lower() or path.name
             is_picture = suffix in PICTURE_SUFFIXES
             is_loose = path.parent == self.root  # beside the folders of the classes
@@ -3035,11 +3044,40 @@ def without_nan(content):
     return content
 
 
+def no_file(path):
+    """Say in words what lies at `path` if it is no ordinary file; "" for a file or for nothing."""
+    path = Path(path)
+    if path.is_file() or not os.path.lexists(path):
+        return ""
+    if path.is_dir():
+        return "a folder, not a file"
+    if path.exists():
+        return "no ordinary file, but a pipe, a socket or a device"
+    return f"a link to {os.readlink(path)}, which cannot be found"
+
+
+def refuse_no_file(path):
+    """Exit with one line if something else than a file lies at `path`, which is to be read.
+
+    A pipe would be waited for, without end.
+    """
+    if no_file(path):
+        exit_with_error(f"{path} is {no_file(path)}; move it away, or put a file there")
+
+
+def read_text(path):
+    """Return the text of a file; exit with one line if something else lies there."""
+    refuse_no_file(path)
+    return Path(path).read_text()
+
+
 def read_torch_file(path):
     """Read what torch.save has written, on the CPU.
 
     Raises an exception, of one of many types, if the file is absent or not as it was written.
     """
+    if no_file(path):
+        raise OSError(f"{path} is {no_file(path)}")
     # torch.load does not compare the checksums in the file. A bit that has flipped on a disk would
     # become another weight, and nobody would notice.
     with zipfile.ZipFile(path) as archive:
@@ -3059,9 +3097,9 @@ def load_checkpoint(path, command, keys=("arch", "ema")):
 
     Exits with one line that names `command` if the file is missing, damaged or of another kind.
     """
-    if Path(path).is_dir():
-        exit_with_error(f"{path} is a folder, not a file; move it away, then: {command}")
-    if not Path(path).is_file():
+    if no_file(path):
+        exit_with_error(f"{path} is {no_file(path)}; move it away, then: {command}")
+    if not Path(path).exists():
         exit_with_error(f"{path} not found; make it with: {command}")
     try:
         content = read_torch_file(path)
@@ -3191,7 +3229,7 @@ def warn_if_unfit(args, verdict=None):
 
 def _own_or_shipped(own, shipped):
     """Return the path of the file that serves: the user's own if it exists, else the shipped."""
-    if shipped.exists() and not own.exists():
+    if shipped.exists() and not os.path.lexists(own):  # whoever reads a link to nothing says so
         return shipped
     return own
 
@@ -3204,8 +3242,10 @@ def find_runs(args, forget_names):
     """
     folder = forget_folder(args.out, args.dataset, forget_names)
     runs = {}
-    for path in sorted(Path(folder).glob("*/model.pt")):
-        if path.parent.name.startswith("."):  # fresh_folder hides a run that is not finished
+    for run_folder in sorted(Path(folder).glob("*")):
+        path = run_folder / "model.pt"
+        is_hidden_run = run_folder.name.startswith(".")  # by fresh_folder: it is not finished
+        if is_hidden_run or not os.path.lexists(path):
             continue
         command = run_command(args, path, forget_names)
         run_args = load_checkpoint(path, command, ("arch", "ema", "args"))["args"]
@@ -3229,8 +3269,8 @@ def run_command(args, path, forget_names):
     note = path.with_name("command.txt")
     try:
         if note.exists():  # 02 leaves it
-            return at_this_place(note.read_text(), args)
-        result = json.loads(path.with_name("result.json").read_text())
+            return at_this_place(read_text(note), args)
+        result = json.loads(read_text(path.with_name("result.json")))
         return at_this_place(result["args"]["command"], args)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         pass  # damaged too, or of an older version
@@ -3451,8 +3491,8 @@ def refuse_unwritable(*paths):
     A script asks before its work, because a refusal after hours of it would come too late.
     """
     for path in map(Path, paths):
-        if path.is_dir():
-            exit_with_error(f"{path} is a folder, but a file has to be written there; move it away")
+        if no_file(path):
+            exit_with_error(f"{path} is {no_file(path)}; a file has to be written there: move it")
         # Without a bit for writing somebody has protected the file. os.replace would not mind, and
         # the administrator is asked for no permission at all.
         if path.exists() and (not path.stat().st_mode & 0o222 or not os.access(path, os.W_OK)):
@@ -3477,6 +3517,7 @@ def locked(path):
     # The file goes with the block. What a killed program leaves is harmless, and remove_leftovers
     # clears it away.
     lock = make_folder(path.parent) / f".{path.name}.lock"
+    refuse_no_file(lock)
     with lock.open("a") as file:
         if not take_lock(file, lock):
             exit_with_error(
@@ -3580,7 +3621,7 @@ def remove_leftovers(folder):
         with contextlib.suppress(OSError):  # another program clears away at the same time
             if not _is_in_use(path, int(match["pid"])):
                 _clear_away(path, match["name"], match["kind"])
-    for lock in Path(folder).rglob(".*.lock"):
+    for lock in filter(Path.is_file, Path(folder).rglob(".*.lock")):
         with contextlib.suppress(OSError), lock.open("a") as file:
             if fcntl is None or take_lock(file, lock):
                 lock.unlink()
@@ -3740,7 +3781,7 @@ def load_judge(args, data, forget=()):
     keys = ("arch", "model")
 
     path = judge_path(args, forget)
-    if not path.exists():
+    if not os.path.lexists(path):
         # Training draws random numbers. Put the generator back afterwards, so that the run that
         # had to train a judge and the next one, which finds it, give the same results.
         rng_state = torch.get_rng_state()

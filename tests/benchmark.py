@@ -499,7 +499,7 @@ def read_samplers_file(args):
     with one line when the file is missing or damaged.
     """
     try:
-        table = json.loads(Path(args.samplers_file).read_text())
+        table = json.loads(common.read_text(args.samplers_file))
         chosen = table["chosen"]
         # The table says which samplers there are, not args.budgets. The budget that makes the
         # chosen sampler is its number of evaluations.

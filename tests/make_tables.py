@@ -247,7 +247,7 @@ def load():
     if not PLACES.table.exists():
         return {}
     try:
-        table = json.loads(PLACES.table.read_text())
+        table = json.loads(common.read_text(PLACES.table))
         return {name: with_nan(result) for name, result in table.items()}
     except (ValueError, AttributeError) as error:  # no JSON, or not a table of runs
         common.exit_with_error(

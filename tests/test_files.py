@@ -1,15 +1,22 @@
 """Files and folders: written whole or not at all; nothing finished is lost, nothing left over."""
 
+import argparse
+import itertools
 import math
 import os
+import signal
+import stat
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import (
+    arguments,
     check_refusal,
     check_success,
+    load_script,
     only_run,
     parse_json,
     quick,
@@ -238,6 +245,182 @@ def test_two_processes_do_not_share_an_unfinished_file(tmp_path, monkeypatch):
             other.write_text("other")
         mine.write_text("mine")
     assert (tmp_path / "a").read_text() == "mine"
+
+
+# ---- pipes, sockets, devices and links to nothing ------------------------------------------------
+
+
+def make_pipe(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(path)
+
+
+def make_socket(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.mknod(path, stat.S_IFSOCK | 0o600)
+
+
+def make_link_to_nothing(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to("nowhere")
+
+
+def make_link_to_a_device(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to("/dev/zero")
+
+
+NO_FILES = {
+    "pipe": (make_pipe, "a pipe"),
+    "socket": (make_socket, "a socket"),
+    "device": (make_link_to_a_device, "a device"),
+    "link": (make_link_to_nothing, "a link to nowhere"),
+}
+
+
+@pytest.fixture
+def alarm():
+    """Whoever waits for a pipe is woken up after a minute, and the test fails."""
+
+    def wake_up(signum, frame):
+        raise TimeoutError("it waits for a pipe")
+
+    old_handler = signal.signal(signal.SIGALRM, wake_up)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, old_handler)
+
+
+def read_with_lock(path):
+    with common.locked(path.with_name(path.name.removeprefix(".").removesuffix(".lock"))):
+        pass
+
+
+def read_samplers_file(path):
+    import benchmark
+
+    benchmark.read_samplers_file(argparse.Namespace(samplers_file=path))
+
+
+def read_checkpoint(path):
+    common.load_checkpoint(path, "the command")
+
+
+def read_command(path):
+    common.run_command(arguments(path.parent), path.with_name("model.pt"), ["3"])
+
+
+def read_images(path):
+    """Read the data set in whose folder the file lies; the name of the file says which it is."""
+    name = "fashion_mnist" if path.name.endswith("-ubyte") else "mnist"
+    root = path.parent
+    for part in ("raw", "FashionMNIST", "cifar-10-batches-py"):
+        if root.name == part:
+            root = root.parent
+    if path.name == "data_batch_1":
+        name = "cifar10"
+    common.load_dataset(name, root, not path.name.startswith("t10k"))
+
+
+READERS = {
+    "a.pt": read_checkpoint,
+    "written": common.refuse_unwritable,
+    "mask.png": load_script("05")["read_grey"],
+    "weights of CLIP": load_script("05")["load_clip"],
+    "mnist.npz": read_images,
+    "t10k-labels-idx1-ubyte": read_images,
+    "FashionMNIST/raw/train-images-idx3-ubyte": read_images,
+    "cifar-10-batches-py/data_batch_1": read_images,
+    "ort/log.jsonl": load_script("03")["read_log"],
+    "ort/command.txt": read_command,
+    ".a.pt.lock": read_with_lock,
+    "samplers.json": read_samplers_file,
+}
+CASES = set(itertools.product(READERS, NO_FILES))
+CASES -= {("ort/command.txt", "link")}  # there are other ways to find the command
+
+
+@pytest.mark.parametrize("name, kind", sorted(CASES))
+def test_what_is_no_file_is_named_and_not_waited_for(tmp_path, alarm, kind, name):
+    path = tmp_path / name
+    make, _ = NO_FILES[kind]
+    make(path)
+    if name.startswith("t10k-labels"):
+        images = bytes([0, 0, 8, 3, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 1, 7])
+        path.with_name("t10k-images-idx3-ubyte").write_bytes(images)
+    before = path.lstat()
+    check_refusal(run_function(READERS[name], path), path.name)
+    assert path.lstat().st_ino == before.st_ino, "it was replaced"
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+def test_what_lies_in_the_place_of_a_checkpoint_is_said(tmp_path, alarm, kind):
+    make, words = NO_FILES[kind]
+    make(tmp_path / "a.pt")
+    words = words.removeprefix("a ") if kind != "link" else words
+    check_refusal(run_function(common.load_checkpoint, tmp_path / "a.pt", "the command"), words)
+
+
+FLAGS_OF_02 = {"begin": (), "overwrite": ("--overwrite",), "resume": ("--resume",)}
+
+
+@pytest.mark.parametrize("flags", FLAGS_OF_02.values(), ids=FLAGS_OF_02)
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+def test_02_leaves_what_is_no_file_in_the_place_of_its_base(tmp_path, alarm, kind, flags):
+    path = quick(tmp_path) / "mnist/base.pt"
+    make, words = NO_FILES[kind]
+    make(path)
+    run = run_script("02", *QUICK, "--steps", 1, "--width", 8, *flags, "--out", tmp_path)
+    check_refusal(run, str(path), words.removeprefix("a "))
+    assert not path.is_file()
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+def test_a_kept_result_that_is_no_file_is_none(tmp_path, alarm, kind):
+    make, _ = NO_FILES[kind]
+    make(tmp_path / "x.pt")
+    assert load_script("04")["read_cache"](tmp_path / "x.pt", {}) is None
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
+def test_decoded_pictures_that_are_no_files_are_none(tmp_path, alarm, kind, suffix):
+    np.save(tmp_path / "a.npy", np.zeros(3))
+    np.savez(tmp_path / "a.npz", labels=np.zeros(3), classes=["a"], source="", checksum=0)
+    path = tmp_path / f"a{suffix}"
+    path.unlink()
+    make, _ = NO_FILES[kind]
+    make(path)
+    assert common._read_cached(tmp_path / "a.npy", "") is None
+
+
+def test_a_pipe_that_looks_like_a_lock_is_no_leftover(tmp_path, alarm):
+    make_pipe(tmp_path / ".a.lock")
+    common.remove_leftovers(tmp_path)
+    assert names(tmp_path) == [".a.lock"]
+
+
+@pytest.mark.parametrize("number", ["04", "05"])
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+def test_a_model_that_is_no_file_is_not_passed_over(tmp_path, small_base, alarm, number, kind):
+    path = quick(tmp_path) / "mnist/forget-3/ort-vp/model.pt"
+    make, words = NO_FILES[kind]
+    make(path)
+    run = run_script(number, *QUICK, "--forget", 3, "--out", tmp_path)
+    check_refusal(run, str(path), words.removeprefix("a "))
+
+
+@pytest.mark.parametrize("name", ["base.pt", "judge.pt"])
+def test_a_link_to_nothing_is_not_taken_for_an_absent_file(tmp_path, alarm, name):
+    """The shipped file does not stand in for it, and no judge is trained in its place."""
+    make_link_to_nothing(tmp_path / "mnist" / name)
+    args = arguments(tmp_path)
+    if name == "base.pt":
+        run = run_function(lambda: common.load_net(*common.find_base(args)))
+    else:
+        run = run_function(common.load_judge, args, common.load_dataset("mnist"))
+    check_refusal(run, name, "a link to nowhere")
 
 
 # ---- JSON ----------------------------------------------------------------------------------------

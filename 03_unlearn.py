@@ -863,6 +863,12 @@ def refuse_other_run(args, folder, made_from):
 
     made_from  what find_sources returns
     """
+    pictures = ("curves.png", "before_after.png")
+    common.refuse_foreign(folder, "model.pt", "result.json", "log.jsonl", *pictures)
+    path = folder / "model.pt"
+    common.refuse_unwritable(path)
+    if path.exists() and not args.overwrite:  # it may be another project's
+        common.load_checkpoint(path, f"{args.command} --overwrite", ("arch", "ema", "args"))
     now = {name: value for name, value in vars(args).items() if name not in NOT_OF_THE_RESULT}
     now.update(made_from)
     # Older versions recorded None for the usual form of Ort.

@@ -872,6 +872,7 @@ def refuse_other_table(args, finished, made_from):
     """
     now = {**{name: getattr(args, name) for name in TABLE_FLAGS}, **made_from}
     path = finished / "table.json"
+    common.refuse_foreign(finished, path.name, "pictures.png", "curve.png")
     common.refuse_other_result(args, path, now, addable=("clip_weights",))
 
 

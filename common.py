@@ -3452,6 +3452,19 @@ def refuse_other_result(args, path, now, addable=()):
         )
 
 
+def refuse_foreign(folder, *names):
+    """Exit with one line if a folder that is replaced as a whole holds other files than these.
+
+    Not even --overwrite replaces a file that no run has written.
+    """
+    for path in sorted(Path(folder).glob("[!.]*")):
+        if path.name not in names:
+            exit_with_error(
+                f"{path} is not from a run, and its folder is to be replaced as a whole; "
+                "move it away"
+            )
+
+
 def warn_of_other_data(path, made_of, data, command):
     """Print one line on stderr if a file was trained on other images than those that are there.
 

@@ -247,6 +247,50 @@ def test_two_processes_do_not_share_an_unfinished_file(tmp_path, monkeypatch):
     assert (tmp_path / "a").read_text() == "mine"
 
 
+# ---- what is not ours in a folder that is replaced -----------------------------------------------
+
+
+def refuse_other(number, folder):
+    """Ask 03 or 05 whether it may replace a folder, with --overwrite -> Run."""
+    function = "refuse_other_run" if number == "03" else "refuse_other_table"
+    script = load_script(number)
+    args = arguments(None, overwrite=True, **dict.fromkeys(script.get("TABLE_FLAGS", ())))
+    return run_function(script[function], args, folder, {})
+
+
+@pytest.fixture(params=["03", "05"])
+def number(request, monkeypatch):
+    """Of a script that replaces the folder of an earlier run."""
+    monkeypatch.setattr(common, "refuse_other_result", lambda *_, **__: None)
+    return request.param
+
+
+def test_a_note_in_the_folder_of_a_run_is_not_replaced(number, tmp_path):
+    for name in ("result.json", "table.json", "my notes.txt"):
+        (tmp_path / name).write_text("mine")
+    check_refusal(refuse_other(number, tmp_path), "move it away")
+    assert (tmp_path / "my notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"state_dict": {}}], ids=["a list", "another's"])
+def test_a_foreign_model_goes_only_by_overwrite(tmp_path, content):
+    torch.save(content, tmp_path / "model.pt")
+    args = arguments(None, overwrite=False, command="python 03_unlearn.py")
+    refuse = load_script("03")["refuse_other_run"]
+    check_refusal(run_function(refuse, args, tmp_path, {}), "model.pt", "03_unlearn.py --overwrite")
+    args.overwrite = True
+    check_success(run_function(refuse, args, tmp_path, {}))
+
+
+def test_the_files_of_a_run_may_be_replaced(number, tmp_path):
+    check_success(refuse_other(number, tmp_path / "absent"))
+    names_of = {"03": "model.pt result.json log.jsonl curves.png before_after.png .DS_Store"}
+    names_of["05"] = "table.json pictures.png curve.png"
+    for name in names_of[number].split():
+        (tmp_path / name).write_text("a run's")
+    check_success(refuse_other(number, tmp_path))
+
+
 # ---- pipes, sockets, devices and links to nothing ------------------------------------------------
 
 

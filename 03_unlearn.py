@@ -814,19 +814,23 @@ def resume(path, model, args):
     command = f"{args.command} --overwrite"
     keys = ("arch", "model", "ema", "optimizers", "step", "losses", "skipped", "seconds", "rng")
     checkpoint = common.load_checkpoint(path, command, (*keys, "made_from", "args"))
+    try:
+        recorded = {**checkpoint["args"], **checkpoint["made_from"]}
+        model.losses = list(checkpoint["losses"].to(args.device))
+        model.skipped = list(checkpoint["skipped"])
+        model.start -= checkpoint["seconds"]
+    except (TypeError, AttributeError) as error:
+        common.exit_with_error(f"{path} cannot be resumed ({error}); begin again with: {command}")
     now = {**vars(args), **model.made_from}
-    recorded = {**checkpoint["args"], **checkpoint["made_from"]}
     names = [name for name in now if name not in NOT_OF_THE_MODEL]
     differences = common.differing_flags(now, recorded, names)
     if differences:
         common.exit_with_error(
-            f"{path} is another run: {', '.join(differences)}; begin again with: {command}"
+            f"{path} was begun with other settings: {', '.join(differences)}; "
+            f"give the same again, or begin again with: {command}"
         )
-    args.overwrite = checkpoint["args"].get("overwrite", False)
+    args.overwrite = bool(recorded.get("overwrite"))
     common.restore_training(path, command, model, checkpoint)
-    model.losses = list(checkpoint["losses"].to(args.device))
-    model.skipped = list(checkpoint["skipped"])
-    model.start -= checkpoint["seconds"]
     print(f"resumed {path} at step {len(model.losses)}")
 
 
@@ -1192,7 +1196,7 @@ def redraw(args, data, judge, folder):
 
     folder  of the run
     """
-    command = common.command_line("03_unlearn.py", args, "--forget", *data.forget_names)
+    command = common.run_command(args, folder / "model.pt", data.forget_names)
     checkpoint = common.load_checkpoint(folder / "model.pt", command, ("arch", "ema", "args"))
     # How the samples were drawn is known to the run. Where it lies, and on what, is known here.
     here = {name: getattr(args, name) for name in ("out", "data_dir", "device", "quick")}
@@ -1211,7 +1215,9 @@ def redraw(args, data, judge, folder):
         before = draw_samples(run_args, base, sde, judge, shape, "samples before")
     after = draw_samples(run_args, net, sde, judge, shape, "samples after")
     losses = read_log(folder / "log.jsonl")
-    draw_pictures(run_args, data, folder, before, after, losses, f"{command} --redraw {folder}")
+    flags = ("--forget", *data.forget_names, "--redraw", folder)
+    again = common.command_line("03_unlearn.py", args, *flags)
+    draw_pictures(run_args, data, folder, before, after, losses, again)
     print(f"wrote the pictures in {folder}/")
 
 

@@ -698,6 +698,17 @@ def test_a_recorded_command_that_is_none_is_not_named(tmp_path, command):
     assert "03_unlearn.py --dataset mnist --forget 3" in line
 
 
+def test_redraw_of_a_damaged_run_names_its_own_command(tmp_path):
+    """It is not the command of the default method."""
+    folder = tmp_path / "ort"
+    folder.mkdir()
+    (folder / "model.pt").write_text("damaged")
+    command = "python 03_unlearn.py --forget 3 --method ort --quick"
+    common.write_json(folder / "result.json", {"args": {"command": command}})
+    run = run_script("03", *UNLEARN, "--out", tmp_path, "--redraw", folder)
+    check_refusal(run, "is damaged", "--method ort")
+
+
 def test_a_copied_run_that_is_damaged_is_mended_where_it_lies(unlearned, tmp_path):
     shutil.copytree(tmp_path / "quick", tmp_path / "copy/quick")
     (path,) = (tmp_path / "copy").rglob("model.pt")

@@ -381,6 +381,17 @@ def test_going_on_replaces_no_other_run_unasked(small_base, tmp_path, monkeypatc
     check_success(run_script("03", *argv, "--resume"))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"args": 7}, {"made_from": None}, {"losses": [1.0]}, {"seconds": "long"}, {"model": {}}],
+)
+def test_a_file_that_does_not_fit_is_one_line(stopped, tmp_path, changes):
+    (path,) = resume_files(tmp_path)
+    content = torch.load(path, weights_only=True)
+    common.save_checkpoint(path, **{**content, **changes})
+    check_refusal(run_script("03", *stopped, "--resume"), "cannot be resumed", "--overwrite")
+
+
 def test_a_damaged_file_names_the_command_that_begins_again(stopped, tmp_path):
     (path,) = resume_files(tmp_path)
     path.write_bytes(path.read_bytes()[:1000])

@@ -3286,7 +3286,7 @@ def at_this_place(command, args):
 
     Raises ValueError if it is not a command with which a script was started.
     """
-    _, script, *argv = shlex.split(command)
+    _, script, *argv = shlex.split(str(command))
     words = iter(leave_out(argv, "--overwrite"))
     kept = []
     for word in words:

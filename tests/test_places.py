@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import (
     ROOT,
+    SCRIPTS,
     arguments,
     check_refusal,
     check_success,
@@ -234,6 +235,35 @@ def test_two_spellings_of_one_command_are_the_same_run(tmp_path, first, second):
     common.write_json(tmp_path / "result.json", recorded)
     args = unlearn["arguments"]([*second.split(), "--out", str(tmp_path)])
     unlearn["refuse_other_run"](args, tmp_path, made_from)
+
+
+def readme_commands(number):
+    """The arguments of each command of one script that stands on lines of its own in README."""
+    lines = (ROOT / "README.md").read_text().replace("\\\n", " ").splitlines()
+    words = [shlex.split(line, comments=True) for line in lines if line.startswith("python ")]
+    return [argv[2:] for argv in words if argv[1] == SCRIPTS[number].name]
+
+
+def test_no_command_of_readme_replaces_the_result_of_another(tmp_path):
+    """Two with one folder have the same settings."""
+    settings = {}
+    unlearn = load_script("03")
+    restore = load_script("05")
+    commands = [*readme_commands("03"), *readme_commands("05")]
+    assert len(readme_commands("03")) >= 5
+    assert len(readme_commands("05")) >= 2
+    for argv in commands:
+        script = restore if "--task" in argv else unlearn
+        args = script["arguments"]([*argv, "--out", str(tmp_path)])
+        if script is restore:
+            folder = restore["output_name"](args)
+            values = {name: getattr(args, name) for name in restore["TABLE_FLAGS"]}
+        else:
+            folder = unlearn["output_folder"](args, args.forget)
+            others = unlearn["NOT_OF_THE_RESULT"]
+            values = {name: value for name, value in vars(args).items() if name not in others}
+        before = settings.setdefault(folder, values)
+        assert common.differing_flags(values, before, values) == []
 
 
 def settings_of(path, **changes):

@@ -828,7 +828,7 @@ def main(argv=None):
     again = common.own_command("01_gaussian_toy.py", argv)
     common.draw_picture(out / "panels.png", draw_panels, toy, panels, again=again)
     common.draw_picture(out / "frontier.png", draw_frontier, curves, rows, bound, again=again)
-    print(
+    common.say(
         f"{time.time() - start:.0f} s; wrote {out}/table.json, panels.png, frontier.png; "
         f"next: {next_command(args)}"
     )

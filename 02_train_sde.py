@@ -187,7 +187,7 @@ def split_data(args, train_set, test_set):
 
     left_out = f", without {' '.join(data.forget_names)}" if args.without else ""
     shape = tuple(train_set.images.shape[1:])
-    print(f"data: {len(index_g):,} images of {shape}{left_out}")
+    common.say(f"data: {len(index_g):,} images of {shape}{left_out}")
     return data
 
 
@@ -345,7 +345,8 @@ def train(args, data, model, path, first_step, kept_steps, ctrl_c):
             remedy = "go on with the same command and --resume"
             if done < kept_steps:
                 remedy = f"{path} is still the training of {kept_steps} steps"
-            print(f"\nstopped at step {done}; {remedy}")
+            print()
+            common.say(f"stopped at step {done}; {remedy}")
             raise SystemExit(128 + ctrl_c.signum)  # so that `02 && 03` goes no further
 
 
@@ -399,7 +400,7 @@ def save(path, step, model, args, outdated):
     if args.without:
         # 04 and 05 name it if the model is damaged. The base is made by a plainer command.
         with common.whole_file(path.with_name("command.txt")) as unfinished:
-            unfinished.write_text(f"{args.command}\n")
+            unfinished.write_text(f"{args.command}\n", "utf-8")
 
 
 def resume(path, model, args, train_set):
@@ -428,7 +429,7 @@ def resume(path, model, args, train_set):
     if model.log and common.is_first_process():  # a kill between two moves may have left none
         with common.whole_file(path.with_name("log.jsonl")) as unfinished:
             unfinished.write_text("".join(model.log))
-    print(f"resumed {path} at step {checkpoint['step']}")
+    common.say(f"resumed {path} at step {checkpoint['step']}")
     return int(checkpoint["step"])
 
 
@@ -519,7 +520,7 @@ def steps_to_keep(args, path):
             f"{path} holds another training ({', '.join(differences)}): go on with that by "
             "--resume, replace it by --overwrite, or choose another --out"
         )
-    print(f"{path} has {num_steps:,} steps: it stays until this training has come as far")
+    common.say(f"{path} has {num_steps:,} steps: it stays until this training has come as far")
     return num_steps
 
 
@@ -617,7 +618,7 @@ def measure_base(args):
         "real": common.random_subset(test_set.images, args.n, args.seed),
     }
 
-    print(f"{path}, n = {args.n}, {sde.sampler}")
+    common.say(f"{path}, n = {args.n}, {sde.sampler}")
     print(f"{'':9}FD       judge unsure, %")
     for name, images in image_sets.items():
         verdict = common.judge_images(judge, images)
@@ -690,10 +691,10 @@ def main(argv=None):
 
     # ---- outputs: all written by now
     if first_step == args.steps:
-        print(f"nothing was left to do: {path} has all its {args.steps} steps")
+        common.say(f"nothing was left to do: {path} has all its {args.steps} steps")
     else:
         common.refuse_skipped(model.num_skipped, args.steps)
-        print(f"wrote {path}; next: {next_command(args, train_set.classes)}")
+        common.say(f"wrote {path}; next: {next_command(args, train_set.classes)}")
 
 
 if __name__ == "__main__":

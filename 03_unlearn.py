@@ -51,7 +51,6 @@ import copy
 import json
 import math
 import os
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -311,7 +310,9 @@ def split_data(args, train_set, test_set):
     )
 
     forgotten = [f"class {i} '{train_set.classes[i]}'" for i in forget_classes]
-    print(f"forgetting {', '.join(forgotten)}: {len(index_f):,} images; keeping {len(index_g):,}")
+    common.say(
+        f"forgetting {', '.join(forgotten)}: {len(index_f):,} images; keeping {len(index_g):,}"
+    )
     return data
 
 
@@ -428,7 +429,9 @@ def print_settings(args, base):
             settings.append(f"{name} {value:.4g}")
     source = path if base is not None else "none"
     scratch = ", from scratch" if args.from_scratch else ""
-    print(f"base: {source}; sde {args.sde}, method {args.method}{scratch}; {'  '.join(settings)}")
+    common.say(
+        f"base: {source}; sde {args.sde}, method {args.method}{scratch}; {'  '.join(settings)}"
+    )
 
 
 def copy_or_fresh(args, base):  # <-- 03
@@ -831,7 +834,7 @@ def resume(path, model, args):
         )
     args.overwrite = bool(recorded.get("overwrite"))
     common.restore_training(path, command, model, checkpoint)
-    print(f"resumed {path} at step {len(model.losses)}")
+    common.say(f"resumed {path} at step {len(model.losses)}")
 
 
 def check_resume(args, path, folder, made_from):
@@ -854,7 +857,7 @@ def check_resume(args, path, folder, made_from):
         return
     for place in (folder, *folder.parent.glob(f"{folder.name}-worse*")):
         if (place / "result.json").exists():
-            print(f"nothing was left to do: the run has been finished, in {place}/")
+            common.say(f"nothing was left to do: the run has been finished, in {place}/")
             # 1 stands for a run that made things worse, as when it was finished.
             raise SystemExit(0 if place == folder else 1)
     common.exit_with_error(
@@ -917,10 +920,9 @@ def set_apart_if_worse(result, out, folder):
     if common.is_first_process():
         os.rename(out, place)
         stays = f"{folder}/ stays as it was" if folder.exists() else f"{folder}/ was not written"
-        print(
+        common.warn(
             f"worse than before: {'; '.join(result['worse'])}; saved as {place}/, {stays} "
-            "(try a lower --lr, or a weaker push)",
-            file=sys.stderr,
+            "(try a lower --lr, or a weaker push)"
         )
     return place
 
@@ -1218,7 +1220,7 @@ def redraw(args, data, judge, folder):
     flags = ("--forget", *data.forget_names, "--redraw", folder)
     again = common.command_line("03_unlearn.py", args, *flags)
     draw_pictures(run_args, data, folder, before, after, losses, again)
-    print(f"wrote the pictures in {folder}/")
+    common.say(f"wrote the pictures in {folder}/")
 
 
 # ---- the story -----------------------------------------------------------------------------------
@@ -1295,7 +1297,7 @@ def main(argv=None):
     picture = folder / "before_after.png"
     command = common.command_line("04_evaluate.py", args, "--forget", *data.forget_names)
     seconds = time.time() - start
-    print(f"{seconds:.0f} s; wrote {folder}/; next: look at {picture}, then: {command}")
+    common.say(f"{seconds:.0f} s; wrote {folder}/; next: look at {picture}, then: {command}")
 
 
 if __name__ == "__main__":

@@ -1055,7 +1055,7 @@ def main(argv=None):
         refuse_other_tables(args, folder, settings)
         evaluate(args, train, images, forget, nll_images, models, settings)
     next_command = common.command_line("05_downstream.py", args, "--forget", *forget_names)
-    print(f"wrote {folder}/table.md; next: {next_command}")
+    common.say(f"wrote {folder}/table.md; next: {next_command}")
 
 
 def describe(args, train, forget_names, num_nll):
@@ -1149,7 +1149,7 @@ def evaluate(args, train, images, forget, nll_images, models, settings):
     # whole. All files are written into another folder first, and moved when they are complete.
     finished = folder / "kept" / "new"
     with common.fresh_folder(finished) as out:
-        (out / "table.md").write_text(text)
+        (out / "table.md").write_text(text, "utf-8", "backslashreplace")
         content = {**settings, "judge_recall": recall, "real": real_row, "models": rows}
         common.write_json(out / "table.json", content)
         if attacked:

@@ -638,7 +638,7 @@ def load_models(args, forget_names, folder, shape):
     missing = [method for method in FIRST_METHODS if method not in method_of.values()]
     if missing:
         message += f"; no run of {', '.join(missing)}: {command} --method {missing[0]}"
-    print(message)
+    common.say(message)
 
     def place(path):
         # Sort by the order of the methods. Runs of one method go by name, and so do the others.
@@ -912,7 +912,7 @@ def restore_all(setup, models, finished, start, made_from):
     draw(finished / "pictures.png", draw_pictures, setup, shown)
     if args.task == "reconstruct":
         draw(finished / "curve.png", plot_curve, results)
-    print(
+    common.say(
         f"{time.time() - start:.0f} s; judged by {shown.title}; wrote {finished}/; "
         f"next: look at {finished / 'pictures.png'}"
     )

@@ -2181,7 +2181,7 @@ def _open_or_download(name, root, train):
     try:
         return _open_torchvision(name, root, train)
     except RuntimeError:  # not there, or not whole
-        print(f"{name} is not in {root}: downloading it", flush=True)
+        say(f"{name} is not in {root}: downloading it")
     try:
         # torchvision checks the md5 of what it downloads.
         return _open_torchvision(name, make_folder(root), train, download=True)
@@ -2236,6 +2236,7 @@ class PictureFolder:
         self.classes = [path.name for path in folders if not is_hidden(path.name)]
         if not self.classes:
             raise ValueError("there is no sub-folder; one for each class is needed")
+        refuse_names(self.root, self.classes)
         self.samples = []  # pairs (path, label)
         labels = {name: label for label, name in enumerate(self.classes)}
         left_out = collections.Counter()  # kind -> how many
@@ -2258,7 +2259,7 @@ class PictureFolder:
         self.refuse_empty_class()
         if left_out:
             parts = [f"{count} {kind}" for kind, count in sorted(left_out.items())]
-            print(f"{self.root}: left out, as no pictures of a class: {', '.join(parts)}")
+            say(f"{self.root}: left out, as no pictures of a class: {', '.join(parts)}")
 
     def refuse_empty_class(self):
         """Raise ValueError if a class has no picture."""
@@ -2273,6 +2274,18 @@ class PictureFolder:
     def __getitem__(self, i):
         path, label = self.samples[i]
         return read_picture(path), label
+
+
+def refuse_names(root, classes):
+    """Exit with one line if a class has a name that --forget could not take, or no line show."""
+    for name in classes:
+        # Behind --forget, which takes several names, "-x" would be a flag.
+        has_control = any(ord(char) < 32 or 127 <= ord(char) < 160 for char in name)
+        if name.startswith("-") or has_control:
+            exit_with_error(
+                f"{root}: rename the folder '{name}': the name of a class does not begin with "
+                "'-', and has no control characters such as a line feed"
+            )
 
 
 def read_picture(path):
@@ -3223,7 +3236,7 @@ def warn_if_unfit(args, verdict=None):
         f"WARNING: the Standard model {path} is not fit, because {' and '.join(faults)}. "
         "Figures that start from it say little about unlearning."
     )
-    print(text, flush=True)
+    say(text)
     return text
 
 
@@ -3255,7 +3268,7 @@ def find_runs(args, forget_names):
         dataset = run_args.get("dataset") or args.dataset
         if set(forgotten) != set(forget_names) or dataset != args.dataset:
             names = " ".join(forgotten)
-            print(f"left out: {path.parent} is a run of {dataset}, forget {names}", file=sys.stderr)
+            warn(f"left out: {path.parent} is a run of {dataset}, forget {names}")
             continue
         runs[path] = run_args
     return runs
@@ -3286,7 +3299,7 @@ def at_this_place(command, args):
 
     Raises ValueError if it is not a command with which a script was started.
     """
-    _, script, *argv = shlex.split(str(command))
+    _, script, *argv = split_command(str(command))
     words = iter(leave_out(argv, "--overwrite"))
     kept = []
     for word in words:
@@ -3477,10 +3490,9 @@ def warn_of_other_data(path, made_of, data, command):
     """
     if made_of is None or not is_first_process() or data_key(data) in made_of:
         return
-    print(
+    warn(
         f"note: {path} was trained on other images than those that are there now; "
-        f"train it again with: {command}",
-        file=sys.stderr,
+        f"train it again with: {command}"
     )
 
 
@@ -3607,7 +3619,7 @@ def _put_in_place(new, path):
         if not path.exists() and old.exists():
             os.rename(old, path)
         if finished.exists():
-            print(f"{path} could not be replaced; the new one lies in {finished}", file=sys.stderr)
+            warn(f"{path} could not be replaced; the new one lies in {finished}")
         raise
     finally:
         if path.exists():
@@ -3747,7 +3759,7 @@ def train_judge(args, forget=(), seed=0, overwrite=False):
         data=made_of,
         seed=seed,
     )
-    print(f"test accuracy {100 * accuracy:.2f} % on {len(is_right)} images; wrote {path}")
+    say(f"test accuracy {100 * accuracy:.2f} % on {len(is_right)} images; wrote {path}")
 
 
 def refuse_to_replace_judge(path, args, command, seed, made_of):
@@ -3869,7 +3881,7 @@ def draw_picture(path, draw, *args, again="", **more):
         reason = " ".join(str(error).split()) or type(error).__name__  # one line, whatever it says
         remedy = f"; draw it again with: {again}" if again else ""
         message = f"picture {Path(path).name} could not be drawn ({reason}){remedy}"
-        print(message, file=sys.stderr, flush=True)
+        warn(message)
 
 
 def save_figure(fig, path, **options):
@@ -3940,8 +3952,23 @@ def tile(images, columns):
 
 def exit_with_error(message):
     """End the program for bad input: one clear line on stderr, exit status 2, no traceback."""
-    print(f"error: {message}", file=sys.stderr)
+    warn(f"error: {message}")
     raise SystemExit(2)
+
+
+def warn(message):
+    """Print one line on stderr, whatever names of files and of classes the message holds."""
+    print(one_line(message), file=sys.stderr, flush=True)
+
+
+def say(message):
+    """Print one line on stdout; see warn."""
+    print(one_line(message), flush=True)
+
+
+def one_line(text):
+    """Spell what would end the line or move the cursor as Python does: a line feed as \\n."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 class Parser(argparse.ArgumentParser):
@@ -4181,17 +4208,17 @@ def command_line(script, args, *flags):
     args    of the run that prints it; the command reads and writes in the same places
     flags   its own flags and their values, e.g. "--forget", "3", "7"
     """
-    argv = ["python", script_path(script), "--dataset", args.dataset, *map(str, flags)]
+    argv = ["python", script_path(script), "--dataset", args.dataset, *flags]
     if args.data_dir:
-        argv += ["--data-dir", str(args.data_dir)]
+        argv += ["--data-dir", Path(args.data_dir)]
     if getattr(args, "cache_dir", None):  # 01 has no such flag
-        argv += ["--cache-dir", str(args.cache_dir)]
+        argv += ["--cache-dir", Path(args.cache_dir)]
     if args.quick:
         argv += ["--quick"]
     argv += out_flag(args)
     if args.device == "cpu" and torch.cuda.is_available():
         argv += ["--device", "cpu"]
-    return shlex.join(argv)
+    return shell_command(argv)
 
 
 def out_flag(args):
@@ -4199,7 +4226,7 @@ def out_flag(args):
     out = Path(args.out)
     if args.quick:
         out = out.parent  # --quick will add its folder again, see separate_quick
-    return [] if str(out) == "out" else ["--out", str(out)]
+    return [] if str(out) == "out" else ["--out", out]
 
 
 def own_command(script, argv, *more):
@@ -4209,7 +4236,7 @@ def own_command(script, argv, *more):
     more  flags and values that come after them
     """
     argv = sys.argv[1:] if argv is None else argv
-    return shlex.join(["python", script_path(script), *argv, *map(str, more)])
+    return shell_command(["python", script_path(script), *argv, *more])
 
 
 def leave_out(argv, *switches):
@@ -4219,6 +4246,65 @@ def leave_out(argv, *switches):
     """
     argv = sys.argv[1:] if argv is None else argv
     return [word for word in argv if len(word) < 3 or not any(s.startswith(word) for s in switches)]
+
+
+def shell_command(argv):
+    """Join strings, numbers and paths into one line that bash takes as they are.
+
+    Any stream can show the line: what it could not, such as a byte that is no UTF-8 or an umlaut
+    in a terminal of ASCII, is spelled in bash's form $'...'.
+    """
+    words = []
+    for word in argv:
+        text = str(word)
+        if isinstance(word, Path) and text.startswith("-"):
+            text = f"./{text}"  # or it would be taken for a flag
+        words.append(shlex.quote(text) if is_showable(text) else spell_bytes(text))
+    return " ".join(words)
+
+
+def split_command(command):
+    """Split what shell_command has joined: a list of strings. Raises ValueError for what it cannot.
+
+    shlex knows bash's form $'...' not.
+    """
+    words = []
+    rest = command.strip()
+    while rest:
+        if rest.startswith("$'"):
+            spelled, _, rest = rest[2:].partition("'")
+            content = re.sub(
+                rb"\\x(..)", lambda code: bytes([int(code[1], 16)]), spelled.encode("ascii")
+            )
+            words.append(content.decode("utf-8", "surrogateescape"))
+        else:
+            reader = shlex.shlex(rest, posix=True, punctuation_chars=False)
+            reader.whitespace_split = True
+            reader.commenters = ""
+            words.append(reader.get_token())
+            rest = reader.instream.read()
+        rest = rest.lstrip()
+    return words
+
+
+def is_showable(text):
+    """Return whether both stdout and stderr can show a text, in one line."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            text.encode(getattr(stream, "encoding", None) or "utf-8")
+        except UnicodeEncodeError:
+            return False
+    return text.isprintable()
+
+
+def spell_bytes(text):
+    """Spell a text in the letters of ASCII for bash: $'caf\\xc3\\xa9'."""
+    spelled = ""
+    for byte in text.encode("utf-8", "surrogateescape"):
+        char = chr(byte)
+        is_plain = char.isascii() and char.isprintable() and char not in "\\'"
+        spelled += char if is_plain else f"\\x{byte:02x}"
+    return f"$'{spelled}'"
 
 
 def script_path(script):
@@ -4373,8 +4459,9 @@ class Output:
         return getattr(self.stream, name)
 
     def write(self, text):
-        """Write a text, or drop it."""
-        self._attempt(self.stream.write, text)
+        """Write a text, or drop it. What would move the cursor is spelled; see one_line."""
+        shown = re.sub(r"[^\n\r\t]+", lambda part: one_line(part[0]), text)
+        self._attempt(self.stream.write, shown)
         return len(text)
 
     def flush(self):
@@ -4448,7 +4535,7 @@ def _run_to_one_line(main):
         name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
         print()  # a line of progress may stand there without its end
         remedy = getattr(stop, "remedy", "what was finished before is still there")
-        print(f"stopped by {name}; {remedy}", file=sys.stderr)
+        warn(f"stopped by {name}; {remedy}")
         raise SystemExit(128 + signum) from None
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

@@ -37,7 +37,6 @@ import argparse
 import hashlib
 import json
 import math
-import shlex
 import statistics
 import sys
 import time
@@ -158,7 +157,7 @@ def write_json(path, content):
         return
     common.make_folder(path.parent)
     common.write_json(path, content)
-    print(f"wrote {path}", flush=True)
+    common.say(f"wrote {path}")
 
 
 def read_kept_images(path):
@@ -510,12 +509,12 @@ def read_samplers_file(args):
         known = samplers(argparse.Namespace(budgets=(budget,), pc_steps=args.pc_steps))
         return table, {name: known[name] for name in (chosen, *YARDSTICKS)}
     except (OSError, ValueError, KeyError, TypeError):
-        where = ["--samplers-file", args.samplers_file, "--out", str(args.out)]
+        where = ["--samplers-file", Path(args.samplers_file), "--out", Path(args.out)]
         if args.quick:  # it adds its folder to --out again
-            where = [*where[:3], str(Path(args.out).parent), "--quick"]
+            where = [*where[:3], Path(args.out).parent, "--quick"]
         common.exit_with_error(
             f"{args.samplers_file} is missing, damaged or of --quick; "
-            f"make it with: {SAMPLERS_COMMAND} {shlex.join(where)}"
+            f"make it with: {SAMPLERS_COMMAND} {common.shell_command(where)}"
         )
 
 

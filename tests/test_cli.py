@@ -1,9 +1,13 @@
 """The scripts through their command line: what they write, and what they say to bad input."""
 
 import argparse
+import io
+import os
 import re
 import runpy
+import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -445,6 +449,68 @@ def test_bad_input_is_one_line_and_touches_nothing(tmp_path, flags, word):
     run = run_script("03", "--quick", *flags.split(), "--out", tmp_path)
     check_refusal(run, word)
     assert tree(tmp_path) == before
+
+
+ODD_WORDS = (
+    """a b|it's|-x|$HOME|`id`|*|!!|\\|a\\x41|é|日本|\u2028|\x1b[2J|\x7f|\x85|\udcff|caf\udce9'\\"""
+)
+ODD_WORDS = ["", "a\nb", "\r", "\t", *ODD_WORDS.split("|")]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
+def test_bash_takes_a_printed_command_as_it_is(encoding, monkeypatch):
+    """Whatever the words are, the line can be shown, and bash reads the same words from it."""
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding))
+    line = common.shell_command(["printf", "%s\\0", *ODD_WORDS])
+    monkeypatch.undo()
+    assert line.isprintable()
+    pasted = line.encode(encoding).decode(encoding)
+    done = subprocess.run(["bash", "-c", pasted], capture_output=True, check=True)
+    assert done.stdout.split(b"\0")[:-1] == [os.fsencode(word) for word in ODD_WORDS]
+
+
+def test_a_path_that_looks_like_a_flag_is_a_path_in_a_command(monkeypatch):
+    args = arguments("-out", data_dir="-data", cache_dir="-cache")
+    words = shlex.split(common.command_line("02_train_sde.py", args))
+    parsed = load_script("02")["flags"]().parse_args(words[2:])
+    for name in ("out", "data_dir", "cache_dir"):
+        assert Path(getattr(parsed, name)) == Path(getattr(args, name))
+
+
+CONTROLS = "a\nb\rc\x1b[2Jd\x07\x85\u2028\udcff"
+
+
+def test_no_message_leaves_its_line(capsys):
+    for function in (common.warn, common.say):
+        function(CONTROLS)
+    run = run_function(common.exit_with_error, CONTROLS)
+    out, err = capsys.readouterr()
+    for line in (out, err, run.err.removeprefix("error: ")):
+        assert line == "a\\nb\\rc\\x1b[2Jd\\x07\\x85\\u2028\\udcff\n"
+
+
+def test_what_a_run_prints_does_not_move_the_cursor():
+    stream = io.StringIO()
+    common.Output(stream).write("\rstep 3\tof\n\x1b[2J\x9b±")
+    assert stream.getvalue() == "\rstep 3\tof\n\\x1b[2J\\x9b±"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_a_remedy_for_an_odd_place_works_when_pasted(tmp_path, encoding):
+    """A path of control characters and of bytes that are no UTF-8, on a stream of ASCII."""
+    out = tmp_path / "é\n\x1b[2J \udcff"
+    env = {**os.environ, "PYTHONIOENCODING": encoding}
+    argv = [sys.executable, SCRIPTS["04"], "--quick", "--forget", "3", "--out", out]
+    done = subprocess.run(argv, capture_output=True, env=env, check=False)
+    run = Run(done.returncode, done.stdout.decode(encoding), done.stderr.decode(encoding))
+    check_refusal(run, "make one with: python")
+    assert run.err[:-1].isprintable()
+    command = run.err.partition("make one with: python ")[2]
+    done = subprocess.run(
+        ["bash", "-c", f"printf '%s\\0' {command}"], capture_output=True, check=True
+    )
+    assert os.fsencode(out) in done.stdout.split(b"\0")
 
 
 def parser_of(path, monkeypatch):

@@ -411,6 +411,24 @@ def test_a_pipe_among_pictures_is_left_out_and_counted(tmp_path):
     assert "left out, as no pictures of a class: 1 pipes, sockets and devices" in run.out
 
 
+# ---- names of classes ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["-x", "--", "-1", "a\nb", "\x1b[2J", "\x7f", "\x9b2J"])
+def test_a_class_that_could_not_be_named_on_a_command_line_is_refused(tmp_path, name):
+    write_pictures(tmp_path, {"a": 10, name: 10})
+    run = read_folder(tmp_path)
+    check_refusal(run, "rename the folder '")
+    assert run.err[:-1].isprintable()
+
+
+def test_a_class_may_have_a_name_that_is_no_utf_8(tmp_path):
+    name = os.fsdecode(b"caf\xe9 'x")
+    write_pictures(tmp_path, {"a": 10, name: 10})
+    for _ in range(2):  # decoded, then from the cache
+        assert common.load_dataset("folder", tmp_path).classes == ["a", name]
+
+
 # ---- where decoded pictures are kept -------------------------------------------------------------
 
 

@@ -4023,7 +4023,7 @@ def number(kind, low, high=10**9):
         # nan and inf are numbers for Python, and no setting makes sense with them.
         if low <= value <= high and math.isfinite(value) and not is_lost:
             return value
-        bounds = f"from {low:,} to {high:,}"
+        bounds = f"from {low} to {high}"
         if is_lost:
             bounds += f", and at least {SMALLEST} away from 0"
         raise argparse.ArgumentTypeError(f"{text} is out of range: {bounds}")

@@ -4278,7 +4278,7 @@ def split_command(command):
             )
             words.append(content.decode("utf-8", "surrogateescape"))
         else:
-            reader = shlex.shlex(rest, posix=True, punctuation_chars=False)
+            reader = shlex.shlex(rest, posix=True)
             reader.whitespace_split = True
             reader.commenters = ""
             words.append(reader.get_token())

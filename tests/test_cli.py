@@ -468,6 +468,7 @@ def test_bash_takes_a_printed_command_as_it_is(encoding, monkeypatch):
     pasted = line.encode(encoding).decode(encoding)
     done = subprocess.run(["bash", "-c", pasted], capture_output=True, check=True)
     assert done.stdout.split(b"\0")[:-1] == [os.fsencode(word) for word in ODD_WORDS]
+    assert common.split_command(line) == ["printf", "%s\\0", *ODD_WORDS]
 
 
 def test_a_path_that_looks_like_a_flag_is_a_path_in_a_command(monkeypatch):

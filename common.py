@@ -3081,7 +3081,7 @@ def refuse_no_file(path):
 def read_text(path):
     """Return the text of a file; exit with one line if something else lies there."""
     refuse_no_file(path)
-    return Path(path).read_text()
+    return Path(path).read_text("utf-8")
 
 
 def read_torch_file(path):

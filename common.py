@@ -4487,7 +4487,7 @@ def run(main):
 
     0    success
     1    the run has finished, but it made things worse
-    2    bad input, a file that cannot be read or written, no space left, too little GPU memory
+    2    bad input, a file that cannot be read or written, no space left, too little memory
     130  Ctrl-C; 143 after SIGTERM, in general 128 + the number of the signal
     141  nobody has read the output to its end; the run has finished all the same
     """

@@ -3258,6 +3258,8 @@ def find_runs(args, forget_names):
     for run_folder in sorted(Path(folder).glob("*")):
         path = run_folder / "model.pt"
         is_hidden_run = run_folder.name.startswith(".")  # by fresh_folder: it is not finished
+        if not run_folder.exists():  # a link to a run that has been moved
+            refuse_no_file(run_folder)
         if is_hidden_run or not os.path.lexists(path):
             continue
         command = run_command(args, path, forget_names)

@@ -455,6 +455,12 @@ def test_a_model_that_is_no_file_is_not_passed_over(tmp_path, small_base, alarm,
     check_refusal(run, str(path), words.removeprefix("a "))
 
 
+def test_a_link_to_a_run_that_is_gone_is_not_passed_over(tmp_path):
+    make_link_to_nothing(tmp_path / "mnist/forget-3/ort-vp")
+    run = run_function(common.find_runs, arguments(tmp_path), ["3"])
+    check_refusal(run, "ort-vp is a link to nowhere")
+
+
 @pytest.mark.parametrize("name", ["base.pt", "judge.pt"])
 def test_a_link_to_nothing_is_not_taken_for_an_absent_file(tmp_path, alarm, name):
     """The shipped file does not stand in for it, and no judge is trained in its place."""

@@ -548,7 +548,8 @@ def objective(args, net, base, sde, x_g, x_f):  # <-- 03
         loss = loss_g
     else:
         # The paper's objective:  L = alpha L_g + (1 - alpha) L_f. Its released code has alpha = .99
-        # and adds L_f at every fourth step alone: on average L_f weighs 1/396 of L_g there.
+        # and adds L_f at every fourth step alone (--forget-every 4): on average L_f weighs 1/396 of
+        # L_g there.
         loss = args.alpha * loss_g + (1 - args.alpha) * loss_f
     return loss, loss_g, loss_f
 

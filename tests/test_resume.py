@@ -310,6 +310,16 @@ def test_resume_of_a_finished_run_says_so_and_does_nothing(small_base, tmp_path)
     assert path.stat().st_mtime_ns == before
 
 
+def test_resume_of_a_run_that_made_things_worse_says_where_it_is(small_base, tmp_path):
+    """It has ended with status 1, and does so once more."""
+    folder = forget_folder(tmp_path) / "obt-rel-vp-steps6-batch-size8-worse"
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text("{}")
+    run = run_script("03", *SHORT, "--out", tmp_path, "--resume")
+    assert run.status == 1
+    assert f"in {folder}/" in run.out
+
+
 CHANGES = {
     "a flag": {"args": {"lr": 0.5}},
     "the seed": {"args": {"seed": 7}},

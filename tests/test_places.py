@@ -230,11 +230,11 @@ SAME_RUNS = {
 def test_two_spellings_of_one_command_are_the_same_run(tmp_path, first, second):
     unlearn = load_script("03")
     made_from = {"base": "b", "data": 1}
+    folder = common.make_folder(tmp_path / "run")
     args = unlearn["arguments"]([*first.split(), "--out", str(tmp_path)])
-    recorded = {"args": vars(args), "made_from": made_from}
-    common.write_json(tmp_path / "result.json", recorded)
+    common.write_json(folder / "result.json", {"args": vars(args), "made_from": made_from})
     args = unlearn["arguments"]([*second.split(), "--out", str(tmp_path)])
-    unlearn["refuse_other_run"](args, tmp_path, made_from)
+    unlearn["refuse_other_run"](args, folder, made_from)
 
 
 def readme_commands(number):

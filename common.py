@@ -2047,6 +2047,8 @@ def list_files(folder):
     `folder`, or to what is in the list already; what is reached without a link comes first. Hidden
     files and folders, and what macOS puts into its archives, are no one's pictures.
     """
+    if not Path(folder).exists():
+        return [], []
     root = Path(os.path.realpath(folder))
     found = []
     left_out = []

@@ -2043,61 +2043,34 @@ def _source_key(name, root):
 def list_files(folder):
     """List all files in a folder and in its sub-folders, at any depth, each real file once.
 
-    Returns (paths, links that were left out). A link is left out if it leads to a folder above
-    `folder`, or to what is in the list already; what is reached without a link comes first. Hidden
-    files and folders, and what macOS puts into its archives, are no one's pictures.
+    Returns (paths, links that were left out). Links come last. One is left out if it leads to a
+    folder above `folder`, or to what is in the list already. Hidden files and folders, and what
+    macOS puts into its archives, are no one's pictures.
     """
-    if not Path(folder).exists():
+    if not os.path.lexists(folder):
         return [], []
     root = Path(os.path.realpath(folder))
     found = []
     left_out = []
     seen = set()  # the real paths of files and folders
-    places = collections.deque([Path(folder)])
+    places = collections.deque([(Path(folder), str(root))])  # pairs (path, real path) to look at
     while places:
-        place = places.popleft()
-        real = os.path.realpath(place)
+        path, real = places.popleft()
         if seen and (real in seen or root.is_relative_to(real)):
-            left_out.append(place)
-        elif os.path.isdir(real):
-            files, links = _walk(place, seen)
-            found += files
-            places += links  # they wait for all others
-        else:  # a file, or nothing: whoever reads it will say so
-            seen.add(real)
-            found.append(place)
-    return found, left_out
-
-
-def _walk(folder, seen):
-    """List (files, links) below a folder, follow no link, and add their real paths to `seen`."""
-    files = []
-    links = []
-    for place, folders, names in os.walk(folder, onerror=_raise_if_forbidden):
-        real = os.path.realpath(place)
-        if real in seen:
-            folders.clear()
+            left_out.append(path)
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if not is_hidden(name))
-        for name in sorted(names):
-            path = Path(place) / name
-            if is_hidden(name):
-                continue
-            if path.is_symlink():
-                links.append(path)
-            else:
-                files.append(path)
-                seen.add(os.path.join(real, path.name))
-        # os.walk does not go into these.
-        links += [Path(place) / name for name in folders if os.path.islink(f"{place}/{name}")]
-    return files, links
-
-
-def _raise_if_forbidden(error):
-    """Let a folder that may not be read end os.walk, which would pass over it without a word."""
-    if isinstance(error, PermissionError):
-        raise error
+        if not os.path.isdir(real):  # a file, or nothing: whoever reads it will say so
+            found.append(path)
+            continue
+        entries = [entry for entry in path.iterdir() if not is_hidden(entry.name)]
+        entries.sort(key=lambda entry: (entry.is_dir(), entry.name))  # the files first
+        links = [entry for entry in entries if entry.is_symlink()]
+        others = [entry for entry in reversed(entries) if not entry.is_symlink()]
+        # Links wait for all others.
+        places.extend((link, os.path.realpath(link)) for link in links)
+        places.extendleft((other, os.path.join(real, other.name)) for other in others)
+    return found, left_out
 
 
 def is_hidden(name):

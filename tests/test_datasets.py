@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from typing import NamedTuple
@@ -413,6 +414,14 @@ def test_a_failed_download_says_which_file_to_put_where(name, tmp_path, monkeypa
     monkeypatch.setattr(common, "_open_torchvision", offline)
     run = run_function(common.load_dataset, name, tmp_path / "data")
     check_refusal(run, DOWNLOAD_MD5[name], str(tmp_path / "data"), "MB")
+
+
+def test_decoded_pictures_serve_when_the_originals_are_gone(tmp_path, monkeypatch):
+    write_cifar10(tmp_path, monkeypatch)
+    before = common.load_dataset("cifar10", tmp_path)
+    shutil.rmtree(tmp_path / "cifar-10-batches-py")
+    after = common.load_dataset("cifar10", tmp_path)
+    assert torch.equal(before.images, after.images)
 
 
 def test_folder_has_to_be_named():

@@ -394,6 +394,18 @@ def test_links_to_elsewhere_are_followed_once(tmp_path):
     assert class_sizes(root) == {"b": 11, "cat": 20}
 
 
+def test_what_two_links_lead_to_is_listed_once(tmp_path):
+    """The second link leads to a folder that holds what the first one leads to."""
+    write_pictures(tmp_path / "elsewhere", {"cats": 2, "cats/more": 3})
+    root = tmp_path / "data"
+    write_pictures(root, {"b": 1})
+    (root / "b/first").symlink_to(tmp_path / "elsewhere/cats/more")
+    (root / "b/second").symlink_to(tmp_path / "elsewhere/cats")
+    found, left_out = common.list_files(root)
+    assert len(found) == 1 + 3 + 2
+    assert left_out == [root / "b/second/more"]
+
+
 @pytest.mark.parametrize("target", ["nowhere.png", "gone.png"])
 def test_a_link_to_nothing_is_an_unreadable_picture(tmp_path, target):
     write_pictures(tmp_path, {"a": 10, "b": 10})

@@ -410,14 +410,10 @@ def resume(path, model, args, train_set):
 
     Exits with one line if the checkpoint is missing, or does not fit the network or the flags.
     """
-    left_out = ["--without", *args.without] if args.without else []
-    command = common.command_line("02_train_sde.py", args, *left_out)
-    if path.exists():
-        command += " --overwrite"
     keys = ("arch", "model", "ema", "optimizers", "step", "rng", "args")
-    checkpoint = common.load_checkpoint(path, command, keys)
+    checkpoint = common.load_checkpoint(path, args.command, keys)
     refuse_other_training(path, args, checkpoint["args"])
-    common.restore_training(path, command, model, checkpoint)
+    common.restore_training(path, args.command, model, checkpoint)
     model.num_skipped = int(checkpoint.get("skipped_steps", 0))
     model.log = [str(line) for line in checkpoint.get("log", [])]
     if not 0 <= int(checkpoint["step"]) <= args.steps:
@@ -425,7 +421,7 @@ def resume(path, model, args, train_set):
             f"{path} has done {checkpoint['step']} steps, and --steps is {args.steps}; "
             "give as many or more"
         )
-    common.warn_of_other_data(path, checkpoint.get("data"), train_set, command)
+    common.warn_of_other_data(path, checkpoint.get("data"), train_set, args.command)
     if model.log and common.is_first_process():  # a kill between two moves may have left none
         with common.whole_file(path.with_name("log.jsonl")) as unfinished:
             unfinished.write_text("".join(model.log))
@@ -680,6 +676,7 @@ def main(argv=None):
 
     with common.locked(path):  # two trainings must not write one file in turns
         kept_steps = steps_to_keep(args, path)
+
         # ---- model: from scratch
         model = make_model(args, data.images.shape[1:])
         model.data_key = common.data_key(train_set)

@@ -282,3 +282,11 @@ def test_a_resume_file_that_does_not_fit_is_refused(stopped, what):
     write_base(out, content, **misfits(content)[what])
     run = run_script("02", *QUICK, *TRAINING, "--steps", 4, "--resume", "--out", out)
     check_refusal(run, "base.pt")
+
+
+def test_the_command_that_begins_again_trains_the_same_network(stopped):
+    """Not one of the usual width, with the usual batches."""
+    out, content = stopped
+    write_base(out, content, rng=None)
+    run = run_script("02", *QUICK, *TRAINING, "--steps", 4, "--resume", "--out", out)
+    check_refusal(run, "--batch-size 4 --width 16", "--steps 4", "--overwrite")

@@ -27,12 +27,11 @@ forgotten by its absence: not_bangs.
 
 Writes out/<dataset>/forget-<names>/<method>-<sde>[-<flag><value>...][-scratch][-s<seed>]/, where a
 flag is named if it was given and changes the model: model.pt, result.json, log.jsonl, curves.png,
-before_after.png. Expect with --forget 3: see README. A run that made things worse says so and ends
-with status 1: more of what was to be forgotten than before, half of the samples rubbish, or another
-class gone. It goes into a folder of its own, <name>-worse, and replaces nothing. A finished
-run is replaced by one of other settings, --n for instance, only with --overwrite. A run that was
-stopped has left <name>.resume.pt beside its folder: --resume goes on from there, and ends with the
-same weights as a run that was never stopped.
+before_after.png. Expect with --forget 3: see README. A run that made things worse ends with status
+1, and goes into a folder of its own, <name>-worse. Worse means more of what was to be forgotten
+than before, half of the samples rubbish, or another class gone. A finished run of other settings,
+such as --n, is replaced only with --overwrite. A run that was stopped has left <name>.resume.pt
+beside its folder. --resume goes on from there, to the same weights as if nothing had happened.
 
 Predict, then run:
   1. Which digits pay for the forgetting of 3?            (class_counts in result.json)
@@ -839,7 +838,7 @@ def resume(path, model, args):
 
 
 def check_resume(args, path, folder, made_from):
-    """Exit with one line if a run would get lost, or if --resume has nothing to go on from.
+    """Exit with one line if a stopped run would get lost, or --resume has none to go on with.
 
     path       of the file that --resume goes on from
     folder     of the finished run

@@ -129,13 +129,13 @@ def refuse_unused(p, args):
         places.add("without")  # it names the classes of CelebA
     others = set(vars(args)) - places
     if args.judge:
-        common.refuse_unused(p, args, sorted(others - {"judge", "overwrite"}), "--judge")
+        common.refuse_unused(p, args, sorted(others - {"judge", "overwrite"}), "with --judge")
     elif args.measure:
-        common.refuse_unused(p, args, sorted(others - {"measure", "n"}), "--measure")
+        common.refuse_unused(p, args, sorted(others - {"measure", "n"}), "with --measure")
     else:
-        common.refuse_unused(p, args, ["n"], "a training: it belongs to --measure")
+        common.refuse_unused(p, args, ["n"], "without --measure")
     if args.sde != "any":
-        common.refuse_unused(p, args, ["log_sigma", "wide"], f"--sde {args.sde}")
+        common.refuse_unused(p, args, ["log_sigma", "wide"], f"with --sde {args.sde}")
 
 
 def defaults(args):

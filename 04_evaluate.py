@@ -122,14 +122,13 @@ def arguments(argv):
             "drop the flag and torch-fidelity downloads the file"
         )
 
-    unused = ["grad_accum", "compile"]
+    common.refuse_unused(parser, args, ["grad_accum", "compile"], "in 04")
     if args.relearn is None:
-        unused += ["steps", "batch_size", "lr"]
+        common.refuse_unused(parser, args, ["steps", "batch_size", "lr"], "without --relearn")
     if not args.fid:
-        unused += ["inception_weights"]
+        common.refuse_unused(parser, args, ["inception_weights"], "without --fid")
     if args.nll == "none":
-        unused += ["n_nll", "nll_floor"]
-    common.refuse_unused(parser, args, unused, "the other flags")
+        common.refuse_unused(parser, args, ["n_nll", "nll_floor"], "with --nll none")
 
     full = {
         "n": 2000,

@@ -199,7 +199,7 @@ def refuse_unused_flags(parser, args):
     else:
         unused += ["sigmas"]
 
-    chosen = f"--task {args.task}"
+    chosen = f"with --task {args.task}"
     if args.paper:
         chosen += " --paper"
     common.refuse_unused(parser, args, unused, chosen)
@@ -857,9 +857,7 @@ def main(argv=None):
 
 
 # The flags that a table depends on; those of the folder's name are left out.
-TABLE_FLAGS = (
-    *("sde", "steps", "n", "batch_size", "resample", "sigmas", "seed", "runs", "clip_weights"),
-)
+TABLE_FLAGS = "sde steps n batch_size resample sigmas seed runs clip_weights".split()
 
 
 def refuse_other_table(args, finished, made_from):

@@ -16,18 +16,22 @@ Contents
      6  Samplers               pc_sample, langevin_step, heun_solve, ode_sample, dpmpp_sample,
                                sample_images
      7  Likelihood             ode_log_likelihood, bits_per_dim
-     8  Judge and measures     Judge, fit_judge, judge_images; frechet_distance, wilson, measure
+     8  Judge and measures     Judge, fit_judge, judge_images; frechet_distance, wilson, measure,
+                               instead, is_noise
 
     The plumbing: skip it on first reading
      9  Data                   RECIPES, load_dataset, dequantize, draw_batch, split_forget
-        Files and pictures     check_dataset, refuse_too_few, cache_folders, read_picture
-    10  Training               EMA, Muon, set_lr, batch_parts, guarded_step, autocast, CtrlC
-    11  Processes              ranks, share_work, wait_for_all_processes
-    12  Checkpoints, folders   save_checkpoint, load_net, find_base, find_runs, run_name, locked
-        Files                  read_torch_file, file_digest, fingerprint, whole_file, write_json
+                               check_dataset, refuse_too_few, cache_folders, read_picture
+    10  Training               EMA, Muon, set_lr, batch_parts, guarded_step, CtrlC,
+                               restore_training, autocast
+    11  Processes              ranks, wait_for_all_processes, share_work
+    12  Checkpoints, folders   whole_file, save_checkpoint, write_json, load_checkpoint, load_net,
+                               find_base, find_runs, run_command, run_name, fingerprint,
+                               refuse_other_result, locked, fresh_folder, remove_leftovers
     13  The judge on disk      judge_path, train_judge, load_judge
-    14  Pictures               pyplot, draw_picture, save_figure, plain_text, tile, short_name
-    15  Command line           exit_with_error, parser, finish_args, command_line, run
+    14  Pictures               pyplot, draw_picture, save_figure, plain_text, short_name, tile
+    15  Command line           exit_with_error, warn, say, Parser, number, parser, finish_args,
+                               command_line, own_command, Output, run
 
 Words and symbols of all files
 
@@ -70,6 +74,7 @@ import shlex
 import shutil
 import signal
 import sys
+import textwrap
 import time
 import warnings
 import zipfile
@@ -1484,8 +1489,9 @@ def is_noise(verdict, real):
     """Return which samples are noise, (n,) bool: those rougher than every real image.
 
     verdict  on the samples
-    real     Verdict on N real images. Of other real images 1 in N + 1 is called noise, because any
-             of N + 1 images may be the roughest one
+    real     Verdict on N real images
+
+    One more real image is called noise with probability 1/(N + 1): when it is the roughest of all.
 
     The judge has no class for noise. It calls some of it a 3, and is sometimes sure of that.
     """
@@ -1628,10 +1634,9 @@ def percent(flags):
 
 
 # The measures that compare with the Standard model.
-COMPARED = (
-    *("class_min_ratio", "instead_other", "instead_unsure", "instead_noise"),
-    "instead_forgotten",
-)
+COMPARED = """
+    class_min_ratio instead_other instead_unsure instead_noise instead_forgotten
+""".split()
 
 
 def class_shares(labels, num_classes):
@@ -1724,6 +1729,13 @@ FILES_TO_FETCH = {
 }
 
 
+# What to do about files that are missing or damaged; the others can be fetched again.
+REMEDIES = {
+    "mnist": "restore mnist.npz with: git checkout data/mnist.npz (or drop --data-dir)",
+    "folder": "mend the pictures, or name another folder with --data-dir",
+}
+
+
 def recipe(name):
     """Return the row of RECIPES for a data set; exit with the list of names if there is none."""
     if name not in RECIPES:
@@ -1759,6 +1771,7 @@ def load_dataset(name, data_dir=None, train=True, forget=None, caches=None):
         )
 
     root = Path(data_dir or HERE / "data")
+    remedy = REMEDIES.get(name, "mend the files: fetch them again, or check --data-dir")
     try:
         images, labels, classes = _read_files(name, root, train, caches or [root])
         if name == "celeba":
@@ -1766,27 +1779,15 @@ def load_dataset(name, data_dir=None, train=True, forget=None, caches=None):
         part = "training" if train else "test"
         check_dataset(images, labels, classes, f"the {part} part", RECIPES[name])
     except FileNotFoundError as error:
-        remedy = "check --data-dir"
-        if name == "mnist":  # the only data set that is part of the repository
-            remedy = "restore it with: git checkout data/mnist.npz (or drop --data-dir)"
         exit_with_error(f"{error.filename or error} not found; {remedy}")
     except PermissionError as error:
         exit_with_error(f"{root} cannot be read ({error}); check --data-dir and its permissions")
     except Exception as error:  # what is broken raises half a dozen different types
-        reason = " ".join(str(error).split()) or type(error).__name__  # one line, whatever it says
-        exit_with_error(f"{root}: the files of {name} cannot be used ({reason}); {_remedy(name)}")
+        reason = reason_of(error)
+        exit_with_error(f"{root}: the files of {name} cannot be used ({reason}); {remedy}")
 
     # int64, because PyTorch reads an index of uint8, as in mnist.npz, as a mask.
     return Dataset(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)), classes)
-
-
-def _remedy(name):
-    """Return what a user can do about unusable files of a data set."""
-    if name == "mnist":
-        return "mend them: git checkout data/mnist.npz, or drop --data-dir"
-    if name == "folder":
-        return "mend the pictures, or name another folder with --data-dir"
-    return "mend them: fetch them again"
 
 
 def check_dataset(images, labels, classes, where, recipe):
@@ -2084,32 +2085,25 @@ def _first_cached(files, source_key):
     A file serves if it is whole, and was made of what is there now; see _source_key.
     """
     for file in files:
-        try:
-            content = _read_cached(file, source_key)
-        except Exception:  # absent, cut off, of an older version: one remedy, decode again
-            continue
-        if content is not None:
-            return content
+        with contextlib.suppress(Exception):  # absent, cut off, of an older version: decode again
+            return _read_cached(file, source_key)
     return None
 
 
 def _read_cached(file, source_key):
-    """Return (images, labels, classes) from a file of decoded pictures, or None if it is stale."""
-    if not (file.is_file() and file.with_suffix(".npz").is_file()):
-        return None
+    """Return (images, labels, classes) from a file of decoded pictures; raise if it is stale."""
+    if no_file(file) or no_file(file.with_suffix(".npz")):
+        raise OSError("no file")
     with np.load(file.with_suffix(".npz")) as notes:
         labels = notes["labels"]
         classes = [str(class_name) for class_name in notes["classes"]]
         made_of = str(notes["source"])
         checksum = int(notes["checksum"])
-    if source_key and made_of != source_key:
-        return None
     # "c" is copy on write: nothing that is written to the tensor reaches the file.
     images = np.load(file, mmap_mode="c")
-    if len(images) != len(labels):
-        return None
-    if checksum != _checksum_of_all(_checksum(images), labels, classes, made_of):
-        return None
+    is_current = made_of == source_key or not source_key
+    if not is_current or checksum != _checksum_of_all(_checksum(images), labels, classes, made_of):
+        raise ValueError("stale")
     return images, labels, classes
 
 
@@ -2161,7 +2155,7 @@ def _open_or_download(name, root, train):
         # torchvision checks the md5 of what it downloads.
         return _open_torchvision(name, make_folder(root), train, download=True)
     except Exception as error:  # no network, no space, gdown not installed, a wrong checksum
-        reason = str(error).splitlines()[0]
+        reason = reason_of(error)
         exit_with_error(
             f"no download of {name} ({reason}); fetch by hand {FILES_TO_FETCH[name]}, "
             f"into {root}, and run this again"
@@ -2231,17 +2225,13 @@ class PictureFolder:
                 left_out[f"of '{suffix}'"] += 1
         for path in links:
             left_out[f"link to what is there already ({path.relative_to(self.root)})"] += 1
-        self.refuse_empty_class()
+        empty = set(labels.values()) - {label for _, label in self.samples}
+        if empty:
+            name = self.classes[min(empty)]
+            raise ValueError(f"class '{name}' has no picture; it may be removed")
         if left_out:
             parts = [f"{count} {kind}" for kind, count in sorted(left_out.items())]
             say(f"{self.root}: left out, as no pictures of a class: {', '.join(parts)}")
-
-    def refuse_empty_class(self):
-        """Raise ValueError if a class has no picture."""
-        labels = {label for _, label in self.samples}
-        for label, name in enumerate(self.classes):
-            if label not in labels:
-                raise ValueError(f"class '{name}' has no picture; it may be removed")
 
     def __len__(self):
         return len(self.samples)
@@ -2255,8 +2245,7 @@ def refuse_names(root, classes):
     """Exit with one line if a class has a name that --forget could not take, or no line show."""
     for name in classes:
         # Behind --forget, which takes several names, "-x" would be a flag.
-        has_control = any(ord(char) < 32 or 127 <= ord(char) < 160 for char in name)
-        if name.startswith("-") or has_control:
+        if re.search(r"^-|[\x00-\x1f\x7f-\x9f]", name):
             exit_with_error(
                 f"{root}: rename the folder '{name}': the name of a class does not begin with "
                 "'-', and has no control characters such as a line feed"
@@ -2272,23 +2261,20 @@ def read_picture(path):
     """
     from PIL import Image
 
-    if not Path(path).is_file():  # a pipe would be waited for, without end
+    if not Path(path).is_file():  # reading a pipe would wait for ever
         raise ValueError("no file, or a link to nothing")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PIL says much about files that it reads all the same
         try:
             with Image.open(path) as picture:
-                _refuse_sides(*picture.size)
+                width, height = picture.size
+                # Scaling would make a line huge: its shorter side is made to fit.
+                if min(width, height) == 0 or max(width, height) > 1000 * min(width, height):
+                    raise ValueError(f"{width:,} x {height:,} pixels")
                 return _as_seen(picture)
         except Image.DecompressionBombError as error:
             limit = 2 * Image.MAX_IMAGE_PIXELS
             raise ValueError(f"more than {limit:,} pixels") from error
-
-
-def _refuse_sides(width, height):
-    """Raise ValueError if a picture has no pixels, or is a line that scaling would make huge."""
-    if min(width, height) == 0 or max(width, height) > 1000 * min(width, height):
-        raise ValueError(f"{width:,} x {height:,} pixels")
 
 
 def _as_seen(picture):
@@ -2363,14 +2349,10 @@ def _decode(source, cache, size, crop, source_key=""):
 
     Raises ValueError, with their paths, if pictures cannot be read. Nothing half done is left.
     """
-    for path in cache.parent.glob(f"{cache.stem}.np?.tmp*"):  # of programs that were killed
-        match = LEFTOVER.fullmatch(path.name)
-        if match and not _is_in_use(path, int(match["pid"])):
-            path.unlink(missing_ok=True)
-    unfinished = cache.with_name(f"{cache.stem}.npy.tmp{os.getpid()}")
-    notes = cache.with_name(f"{cache.stem}.npz.tmp{os.getpid()}")
-    try:
-        classes = _class_names(source)
+    clear_away(cache.parent.glob(f"{cache.stem}.np?.tmp*"))
+    classes = _class_names(source)
+    # They take their places in reverse order: when the images appear, both files are whole.
+    with whole_file(cache) as unfinished, whole_file(cache.with_suffix(".npz")) as notes:
         labels, checksum = _decode_images(source, unfinished, size, crop)
         checksum = _checksum_of_all(checksum, labels, classes, source_key)
         with notes.open("wb") as file:  # given a path, savez would put .npz behind it
@@ -2381,12 +2363,6 @@ def _decode(source, cache, size, crop, source_key=""):
                 source=np.array(source_key),
                 checksum=np.array(checksum),
             )
-        # The labels first: when the images appear, in one move, both files are whole.
-        os.replace(notes, cache.with_suffix(".npz"))
-        os.replace(unfinished, cache)
-    finally:
-        unfinished.unlink(missing_ok=True)
-        notes.unlink(missing_ok=True)
 
 
 def _decode_images(source, path, size, crop):
@@ -2860,7 +2836,7 @@ def restore_training(path, command, model, checkpoint):
             check_state(optimizer)
         torch.set_rng_state(checkpoint["rng"])
     except Exception as error:  # entries that do not fit raise half a dozen types
-        reason = str(error).splitlines()[0]
+        reason = reason_of(error)
         exit_with_error(f"{path} cannot be resumed ({reason}); begin again with: {command}")
 
 
@@ -3047,7 +3023,7 @@ def no_file(path):
 def refuse_no_file(path):
     """Exit with one line if something else than a file lies at `path`, which is to be read.
 
-    A pipe would be waited for, without end.
+    Reading a pipe would wait for ever.
     """
     if no_file(path):
         exit_with_error(f"{path} is {no_file(path)}; move it away, or put a file there")
@@ -3130,7 +3106,7 @@ def build_network(kind, arch, weights, path, command):
         net = kind(**arch)
         net.load_state_dict(weights)
     except Exception as error:  # what is no arch, or no weights, raises half a dozen types
-        reason = str(error).splitlines()[0]
+        reason = reason_of(error)
         exit_with_error(
             f"{path} does not fit this version of common.py ({reason}); "
             f"make it again with: {command}"
@@ -3529,7 +3505,8 @@ def locked(path):
         try:
             yield
         finally:
-            lock.unlink(missing_ok=True)  # before it is unlocked: nobody else's file goes
+            # While it is locked: afterwards it could be the lock of another program.
+            lock.unlink(missing_ok=True)
 
 
 def take_lock(file, path):
@@ -3614,22 +3591,27 @@ def remove_leftovers(folder):
     """
     if not is_first_process():
         return
-    # "finished" comes before "old": where a program was killed between its two moves both are
-    # there, and the new folder was complete.
-    for path in sorted(Path(folder).rglob("*.*[0-9]")):
-        match = LEFTOVER.fullmatch(path.name)
-        if not match:
-            continue
-        with contextlib.suppress(OSError):  # another program clears away at the same time
-            if not _is_in_use(path, int(match["pid"])):
-                _clear_away(path, match["name"], match["kind"])
+    clear_away(Path(folder).rglob("*.*[0-9]"))
     for lock in filter(Path.is_file, Path(folder).rglob(".*.lock")):
         with contextlib.suppress(OSError), lock.open("a") as file:
             if fcntl is None or take_lock(file, lock):
                 lock.unlink()
 
 
-def _clear_away(path, name, kind):
+def clear_away(paths):
+    """Clear away those of the paths that are leftovers of killed programs; see remove_leftovers."""
+    # "finished" comes before "old": where a program was killed between its two moves both are
+    # there, and the new folder was complete.
+    for path in sorted(paths):
+        match = LEFTOVER.fullmatch(path.name)
+        if not match:
+            continue
+        with contextlib.suppress(OSError):  # another program clears away at the same time
+            if not _is_in_use(path, int(match["pid"])):
+                _remove_or_put_back(path, match["name"], match["kind"])
+
+
+def _remove_or_put_back(path, name, kind):
     """Remove one leftover, or put it back where its folder is missing.
 
     name, kind  of the leftover: .<name>.<kind><process id>, or <name>.tmp<process id> of a file
@@ -3748,11 +3730,9 @@ def refuse_to_replace_judge(path, args, command, seed, made_of):
     content = load_checkpoint(path, command, ("arch", "model"))
     if args.quick:  # it shows that the code works, and is nothing to keep
         return
-    differences = []
-    if content.get("seed") != seed:
-        differences.append(f"--seed was {content.get('seed', 'not recorded')} and is now {seed}")
-    if content.get("data") != made_of:
-        differences.append("its images were others")
+    recorded = {"seed": content.get("seed", "not recorded"), "data": content.get("data")}
+    now = {"seed": seed, "data": made_of}
+    differences = differing_flags(now, recorded, now)
     if differences:
         exit_with_error(
             f"{path} holds a judge of another training ({', '.join(differences)}): "
@@ -3780,8 +3760,6 @@ def load_judge(args, data, forget=()):
     Exits with one line if the judge was trained on other classes than those of `data`.
     """
     command = judge_command(args, forget)  # for error messages
-    keys = ("arch", "model")
-
     path = judge_path(args, forget)
     if not os.path.lexists(path):
         # Training draws random numbers. Put the generator back afterwards, so that the run that
@@ -3790,7 +3768,7 @@ def load_judge(args, data, forget=()):
         train_judge(args, forget)
         torch.set_rng_state(rng_state)
         wait_for_all_processes()  # only the first process writes the file that all of them read
-    checkpoint = load_checkpoint(path, command, keys)
+    checkpoint = load_checkpoint(path, command, ("arch", "model"))
 
     # The half precision of the file becomes float32 again: the values are copied into the judge.
     judge = build_network(Judge, checkpoint["arch"], checkpoint["model"], path, command)
@@ -3855,7 +3833,7 @@ def draw_picture(path, draw, *args, again="", **more):
     try:
         draw(path, *args, **more)
     except Exception as error:  # of matplotlib, of a font, of a full disk: any type
-        reason = " ".join(str(error).split()) or type(error).__name__  # one line, whatever it says
+        reason = reason_of(error)
         remedy = f"; draw it again with: {again}" if again else ""
         message = f"picture {Path(path).name} could not be drawn ({reason}){remedy}"
         warn(message)
@@ -3948,30 +3926,22 @@ def one_line(text):
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
+def reason_of(error):
+    """Return in one line what an exception says, or its type if it says nothing."""
+    return textwrap.shorten(str(error), 600, placeholder=" ...") or type(error).__name__
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, without the usage."""
 
     example = ""  # a whole command, to be shown when a required flag is missing
 
-    def parse_args(self, args=None, namespace=None):
-        """Parse the command line; exit with one line if a value is empty, as of an unset $OUT."""
-        flag = "the command line"
-        for text in sys.argv[1:] if args is None else args:
-            value = text
-            if text.startswith("--"):
-                flag, _, value = text.partition("=")
-                if value or text == flag:
-                    continue
-            if not value:
-                exit_with_error(f"{flag}: an empty value; {self.values_of(flag)}")
-        return super().parse_args(args, namespace)
-
-    def values_of(self, flag):
-        """Say which values a flag takes, as --help does."""
-        for action in self._actions:
-            if flag in action.option_strings and (action.help or action.choices):
-                return action.help or f"choose from: {', '.join(action.choices)}"
-        return "try --help"
+    def _get_values(self, action, arg_strings):
+        """Convert the values of a flag; exit with one line if one is empty, as of an unset $OUT."""
+        if "" in arg_strings:
+            valid = action.help or f"choose from: {', '.join(action.choices or ())}"
+            exit_with_error(f"{action.option_strings[0]}: an empty value; {valid}")
+        return super()._get_values(action, arg_strings)
 
     def error(self, message):
         """End the program with the message and a hint: the example, or --help."""
@@ -3991,7 +3961,7 @@ def number(kind, low, high=10**9):
 
     kind  int or float
     low   smallest number that is allowed
-    high  largest number that is allowed, at most what float32 can do something with
+    high  largest number that is allowed
     """
 
     def convert(text):
@@ -4081,19 +4051,19 @@ def parser(doc, **defaults):
     return p
 
 
-def refuse_unused(p, args, unused, mode):
-    """Exit with one line on a flag that a mode would silently ignore.
+def refuse_unused(p, args, unused, why):
+    """Exit with one line on a flag that would silently be ignored.
 
     p       the Parser that has read `args`
-    unused  names of the flags that have no part in the mode
-    mode    what to call it, e.g. "--judge"
+    unused  names of the flags that have no part in this run
+    why     the end of "--n has no meaning ...", e.g. "with --judge"
 
     Call it before the defaults are filled in. A flag that has its default counts as not given.
     """
     for name in unused:
         if getattr(args, name) != p.get_default(name):
             flag = "--" + name.replace("_", "-")
-            exit_with_error(f"{flag} has no meaning with {mode}; leave it out")
+            exit_with_error(f"{flag} has no meaning {why}; leave it out")
 
 
 def add_overwrite(p):
@@ -4243,25 +4213,16 @@ def shell_command(argv):
 def split_command(command):
     """Split what shell_command has joined: a list of strings. Raises ValueError for what it cannot.
 
-    shlex knows bash's form $'...' not.
+    The form $'...' is bash's own, and unknown to shlex.
     """
-    words = []
-    rest = command.strip()
-    while rest:
-        if rest.startswith("$'"):
-            spelled, _, rest = rest[2:].partition("'")
-            content = re.sub(
-                rb"\\x(..)", lambda code: bytes([int(code[1], 16)]), spelled.encode("ascii")
-            )
-            words.append(content.decode("utf-8", "surrogateescape"))
-        else:
-            reader = shlex.shlex(rest, posix=True)
-            reader.whitespace_split = True
-            reader.commenters = ""
-            words.append(reader.get_token())
-            rest = reader.instream.read()
-        rest = rest.lstrip()
-    return words
+
+    def spell_for_shlex(word):
+        """Spell what spell_bytes has spelled as any shell would take it."""
+        codes = re.sub(rb"\\x(..)", lambda code: bytes.fromhex(code[1].decode()), word[1].encode())
+        return shlex.quote(codes.decode("utf-8", "surrogateescape"))
+
+    # No space in it: spell_bytes leaves none.
+    return shlex.split(re.sub(r"(?<!\S)\$'([^'\s]*)'(?!\S)", spell_for_shlex, command))
 
 
 def is_showable(text):
@@ -4279,7 +4240,7 @@ def spell_bytes(text):
     spelled = ""
     for byte in text.encode("utf-8", "surrogateescape"):
         char = chr(byte)
-        is_plain = char.isascii() and char.isprintable() and char not in "\\'"
+        is_plain = char.isascii() and char.isprintable() and char not in "\\' "
         spelled += char if is_plain else f"\\x{byte:02x}"
     return f"$'{spelled}'"
 
@@ -4322,7 +4283,7 @@ def check_device(args):
             # Without this all processes would send their messages (NCCL) from the first GPU.
             torch.cuda.set_device(args.device)
     except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = reason_of(error)
         exit_with_error(f"--device {args.device} is not usable here ({reason}); try --device cpu")
 
 
@@ -4527,17 +4488,16 @@ def _run_to_one_line(main):
 
 # How PyTorch says that there is too little memory, where it has no type of error for that: on a
 # CPU, on one under Windows, on mps, and for a size that no machine could have.
-TOO_LITTLE_MEMORY = (
-    *("can't allocate memory", "not enough memory", "out of memory"),
-    *("Storage size calculation overflowed", "integer multiplication overflow"),
+TOO_LITTLE_MEMORY = re.compile(
+    "can't allocate memory|not enough memory|out of memory|Storage size calculation overflowed|"
+    "integer multiplication overflow"
 )
 
 
 def is_out_of_memory(error):
     """Return whether an exception says that the memory of the GPU or of the CPU is too small."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return any(words in str(error) for words in TOO_LITTLE_MEMORY)
+    is_typed = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return is_typed or TOO_LITTLE_MEMORY.search(str(error)) is not None
 
 
 def physical_memory():
@@ -4552,7 +4512,7 @@ def describe_os_error(error):
     """Say in one line which file could not be read or written, why, and what is to be done."""
     # filename2 is the target of a move.
     path = error.filename2 or error.filename
-    reason = error.strerror or " ".join(str(error).split())
+    reason = error.strerror or reason_of(error)
     if error.errno in NO_SPACE:
         remedy = "make room, or choose another place with --out, and run this again"
         if hasattr(error, "remedy"):

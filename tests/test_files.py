@@ -436,7 +436,7 @@ def test_decoded_pictures_that_are_no_files_are_none(tmp_path, alarm, kind, suff
     path.unlink()
     make, _ = NO_FILES[kind]
     make(path)
-    assert common._read_cached(tmp_path / "a.npy", "") is None
+    assert common._first_cached([tmp_path / "a.npy"], "") is None
 
 
 def test_a_pipe_that_looks_like_a_lock_is_no_leftover(tmp_path, alarm):

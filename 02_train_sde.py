@@ -422,7 +422,7 @@ def resume(path, model, args, train_set):
             "give as many or more"
         )
     common.warn_of_other_data(path, checkpoint.get("data"), train_set, args.command)
-    if model.log and common.is_first_process():  # a kill between two moves may have left none
+    if model.log and common.is_first_process():  # a program killed between two moves leaves none
         with common.whole_file(path.with_name("log.jsonl")) as unfinished:
             unfinished.write_text("".join(model.log))
     common.say(f"resumed {path} at step {checkpoint['step']}")
@@ -503,8 +503,8 @@ def steps_to_keep(args, path):
     num_steps = content.get("step")
     is_known = isinstance(known, dict) and isinstance(num_steps, int)
 
-    # The place of the data may change while a training is stopped, but not be another from the
-    # first step on.
+    # --resume may go on with data that have moved. A training that begins anew with data of another
+    # place is another training.
     differences = ["its flags are not known"]
     if is_known:
         names = ("data_dir", *TRAINING_FLAGS)

@@ -2032,7 +2032,7 @@ def _source_key(name, root):
     for path in files:
         if name == "folder" and path.parent == folder:  # no class; our own files may lie there
             continue
-        if name != "folder":  # a PictureFolder leaves them out
+        if name != "folder":  # a PictureFolder leaves out what is no file
             refuse_no_file(path)
         status = path.stat() if path.exists() else path.lstat()  # a link to nothing
         line = f"{path.relative_to(folder)}|{status.st_size}|{status.st_mtime_ns}\n"
@@ -2935,7 +2935,7 @@ def whole_file(path, outdated=()):
     The block writes the file `unfinished`, which then takes the place of `path`. After an exception
     `path` is as it was.
 
-    outdated  files that belong to the old `path` and go with it, whether they exist or not
+    outdated  files that belong to the old `path` and are removed with it; they need not exist
     """
     path = Path(path)
     # In the same folder: os.replace is one indivisible move only within a file system. The process
@@ -2944,7 +2944,7 @@ def whole_file(path, outdated=()):
     try:
         with path_in_errors(path):
             yield unfinished
-            # Before it, or a program that is killed in between would leave them beside the new one.
+            # They go first. A program killed in between would else leave them beside the new file.
             for file in outdated:
                 file.unlink(missing_ok=True)
             os.replace(unfinished, path)
@@ -3246,9 +3246,9 @@ def run_command(args, path, forget_names):
 
 
 def at_this_place(command, args):
-    """Return a recorded command so that it makes the same result again where that lies now.
+    """Change a recorded command so that it writes where its result lies now.
 
-    args  of the run that found it there: its folder may have been moved or copied since then
+    args  of the run that found the result: its folder may have been moved or copied
 
     Raises ValueError if it is not a command with which a script was started.
     """
@@ -3357,7 +3357,7 @@ def data_key(data):
     return zlib.crc32(data.labels.numpy(), _checksum(data.images.numpy()))
 
 
-# What is compared with flags, but is the name of a content, which tells nobody anything.
+# How to speak of a content that has changed. Its name is a checksum, which tells nobody anything.
 CONTENTS = {"base": "the Standard model is another one", "data": "the images are others"}
 
 
@@ -3393,7 +3393,7 @@ def refuse_other_result(args, path, now, addable=()):
 
     path     JSON file of the result, which records the settings in itself, or in an entry of it
     now      {name: value}: the settings of this run. All that the result depends on belongs there
-    addable  names of what only adds to a result: where it was off, nothing is lost
+    addable  names of the settings that only add to a result. Where one was off, nothing is lost
     """
     if args.overwrite or not path.is_file():
         return
@@ -3772,25 +3772,6 @@ def load_judge(args, data, forget=()):
 
     # The half precision of the file becomes float32 again: the values are copied into the judge.
     judge = build_network(Judge, checkpoint["arch"], checkpoint["model"], path, command)
-    refuse_other_judge(path, command, judge, data)
-    # The judge that is shipped for MNIST was saved without a list of classes.
-    known_classes = checkpoint.get("classes")
-    if known_classes is None and args.dataset != "mnist":
-        exit_with_error(f"{path} does not say which classes; make it again with: {command}")
-    if known_classes is not None and known_classes != data.classes:
-        names = ", ".join(map(str, known_classes)) if known_classes else "none"
-        exit_with_error(
-            f"{path} knows other classes ({names}); another folder of pictures needs another --out"
-        )
-    warn_of_other_data(path, checkpoint.get("data"), data, command)
-    return judge.to(args.device).eval()
-
-
-def refuse_other_judge(path, command, judge, data):
-    """Exit with one line if a judge is for other numbers of channels or classes than a Dataset has.
-
-    path, command  of its file, and what makes it
-    """
     num_channels = data.images.shape[1]
     arch = judge.arch
     if arch["channels"] != num_channels or arch["classes"] != len(data.classes):
@@ -3798,6 +3779,19 @@ def refuse_other_judge(path, command, judge, data):
             f"{path} judges images of {arch['channels']} channels and {arch['classes']} classes, "
             f"not of {num_channels} and {len(data.classes)}; make another with: {command}"
         )
+    # The judge that is shipped for MNIST was saved without a list of classes.
+    known_classes = checkpoint.get("classes")
+    if known_classes is None and args.dataset != "mnist":
+        exit_with_error(f"{path} does not say which classes; make it again with: {command}")
+    if known_classes is not None and known_classes != data.classes:
+        names = known_classes  # of another project it may be anything
+        if isinstance(known_classes, list):
+            names = ", ".join(map(str, known_classes))
+        exit_with_error(
+            f"{path} knows other classes ({names}); another folder of pictures needs another --out"
+        )
+    warn_of_other_data(path, checkpoint.get("data"), data, command)
+    return judge.to(args.device).eval()
 
 
 # ==================================================================================================
@@ -4452,9 +4446,9 @@ def run(main):
 
 @contextlib.contextmanager
 def going_on_with(command, path):
-    """Let the line about what interrupts the block name the command that goes on from there.
+    """Name a command in the line that says what has interrupted the block.
 
-    path  of the file from which it goes on; nothing is named while there is no such file
+    command  goes on from the file at `path`; it is not named while there is no such file
     """
     try:
         yield
@@ -4486,8 +4480,8 @@ def _run_to_one_line(main):
         exit_with_error(describe_os_error(error))
 
 
-# How PyTorch says that there is too little memory, where it has no type of error for that: on a
-# CPU, on one under Windows, on mps, and for a size that no machine could have.
+# PyTorch's words for too little memory, where it has no type of error for that. They are those of
+# a CPU, of one under Windows, of mps, and of a size that no machine could have.
 TOO_LITTLE_MEMORY = re.compile(
     "can't allocate memory|not enough memory|out of memory|Storage size calculation overflowed|"
     "integer multiplication overflow"

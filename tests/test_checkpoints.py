@@ -206,6 +206,7 @@ OTHER_JUDGES = {
     "other names": {**judge_content(), "classes": list("abcdefghij")},
     "no weights": {**judge_content(), "model": {}},
     "classes are a number": {**judge_content(), "classes": 0},
+    "classes are their number": {**judge_content(), "classes": 10},
     "weights are not finite": {
         **judge_content(),
         "model": {name: w * float("nan") for name, w in judge_content()["model"].items()},

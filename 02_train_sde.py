@@ -487,8 +487,10 @@ def usual_values(args):
     return vars(usual)
 
 
-def steps_to_keep(args, path):
+def steps_to_keep(args, path, data_key):
     """Return how many steps the training in `path` has that this run begins again; 0 if none.
+
+    data_key  of the training set, see common.data_key
 
     Until the new one has come as far, the old one stays. Exits with one line if the new one is
     another training, or is to be shorter, or if the file is not of this project or damaged: only
@@ -507,8 +509,11 @@ def steps_to_keep(args, path):
     # place is another training.
     differences = ["its flags are not known"]
     if is_known:
-        names = ("data_dir", *TRAINING_FLAGS)
-        differences = common.differing_flags(vars(args), known, names)
+        now = {**vars(args), "data": [data_key]}
+        # The file of an older version does not say on which images it was trained.
+        recorded = {**known, "data": content.get("data", [data_key])}
+        names = ("data", "data_dir", *TRAINING_FLAGS)
+        differences = common.differing_flags(now, recorded, names)
     if is_known and num_steps > args.steps:
         differences.append(f"--steps was {num_steps} and is now {args.steps}")
     if differences:
@@ -675,11 +680,12 @@ def main(argv=None):
     common.refuse_unwritable(path, path.with_name("log.jsonl"), path.with_name("command.txt"))
 
     with common.locked(path):  # two trainings must not write one file in turns
-        kept_steps = steps_to_keep(args, path)
+        data_key = common.data_key(train_set)
+        kept_steps = steps_to_keep(args, path, data_key)
 
         # ---- model: from scratch
         model = make_model(args, data.images.shape[1:])
-        model.data_key = common.data_key(train_set)
+        model.data_key = data_key
         first_step = resume(path, model, args, train_set) if args.resume else 0
 
         # ---- loop

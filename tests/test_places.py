@@ -108,6 +108,13 @@ def test_a_longer_run_of_the_same_training_replaces_it(tmp_path, base):
     assert torch.load(base, weights_only=True)["step"] == 5
 
 
+def test_a_training_on_other_images_of_the_same_place_is_not_replaced(tmp_path, base):
+    content = torch.load(base, weights_only=True)
+    common.save_checkpoint(base, **{**content, "data": [7]})
+    run = run_script("02", *TRAINING, "--steps", 9, "--out", tmp_path)
+    check_refusal(run, "the images are others", "--overwrite")
+
+
 def test_a_base_without_arguments_is_not_replaced(tmp_path, base):
     content = torch.load(base, weights_only=True)
     common.save_checkpoint(base, arch=content["arch"], ema=content["ema"])

@@ -3929,6 +3929,13 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, without the usage."""
 
     example = ""  # a whole command, to be shown when a required flag is missing
+    leave_out = ()  # names of flags that are not added: a script has no use for them
+
+    def add_argument(self, *names, **options):
+        """Add a flag, unless it is to be left out, and return what argparse returns."""
+        if names[0] in self.leave_out:
+            return None
+        return super().add_argument(*names, **options)
 
     def _get_values(self, action, arg_strings):
         """Convert the values of a flag; exit with one line if one is empty, as of an unset $OUT."""
@@ -3989,13 +3996,15 @@ def refuse_resume_and_overwrite(args):
 MAX_SEED = 2**63 - 1  # PyTorch takes no larger seed
 
 
-def parser(doc, **defaults):
+def parser(doc, leave_out=(), **defaults):
     """Return a Parser with the flags that every script has; a script adds its own.
 
-    doc       description for --help, with its line breaks
-    defaults  other default values of these flags
+    doc        description for --help, with its line breaks
+    leave_out  those of these flags that the script does not have
+    defaults   other default values of these flags
     """
     p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.leave_out = leave_out
     p.add_argument("--dataset", default="mnist", help=f"one of: {', '.join(RECIPES)}")
     p.add_argument(
         "--data-dir",
@@ -4085,12 +4094,13 @@ def add_forget(p, script, verb):
     p.example = f"python {script} --dataset mnist --forget 3"
 
 
-def finish_args(args, full, quick):
+def finish_args(args, full, quick, folder=None):
     """Fill in what the user left open, and set up everything that a run needs; return args.
 
-    args   Namespace of a `parser`
-    full   default values of flags that are None
-    quick  those that differ under --quick
+    args    Namespace of a `parser`
+    full    default values of flags that are None
+    quick   those that differ under --quick
+    folder  name of the folder in --out that the run writes into; None: that of the data set
 
     Exits with one line for an unknown data set, and for a device or folder that cannot be used.
     """
@@ -4099,7 +4109,7 @@ def finish_args(args, full, quick):
     recipe(args.dataset)  # an unknown data set ends here
     start_processes(args)
     check_device(args)  # only now: torchrun has just changed "cuda" to the GPU of this process
-    out = Path(args.out) / args.dataset
+    out = Path(args.out) / (folder or args.dataset)
     refuse_pictures_among_outputs(args, out)
     remove_leftovers(make_folder(out))
     torch.manual_seed(args.seed)

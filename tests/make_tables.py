@@ -67,6 +67,7 @@ import torch
 
 # Python looks for modules beside this file, where benchmark.py is; common.py is one folder higher.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import t2i_table
 from benchmark import read_kept_images, weights_digest, write_json
 
 import common
@@ -1458,6 +1459,15 @@ def angle_figure(table, path):
     common.save_figure(fig, path, dpi=90)
 
 
+# ---- text to image: the runs of 06 ---------------------------------------------------------------
+
+
+def group_t2i(methods=t2i_table.METHODS, quick=False, dry=False):
+    """Run 06 with every method; the table is a file of its own, t2i.json."""
+    path = t2i_table.table_path(PLACES.runs, quick)
+    t2i_table.fill(PLACES.runs, path, methods, quick, dry)
+
+
 # ---- the story -----------------------------------------------------------------------------------
 
 
@@ -1518,6 +1528,11 @@ GROUPS = {
         angle_lines,
         rows=(),
     ),
+    "t2i": Group(
+        "Text to image: 06 on the shipped pipeline, 16 + 16 images a step.",
+        group_t2i,
+        rows=t2i_table.METHODS,
+    ),
 }
 
 
@@ -1572,6 +1587,8 @@ def main(argv=None):
     if not args.list:
         table = load()
         tables(table)
+        t2i = t2i_table.load(t2i_table.table_path(PLACES.runs, args.quick))
+        print(f"\n### t2i: {GROUPS['t2i'].title}\n", *t2i_table.lines(t2i), sep="\n")
         folder = PLACES.runs if args.quick else ROOT / "assets"
         figure(table, folder / "tradeoff.png")
         if "angles/standard" in table:

@@ -1,0 +1,649 @@
+"""06: unlearning by prompts, on a tiny pipeline whose layers are called as in Stable Diffusion."""
+
+import importlib.util
+import json
+import os
+import shutil
+
+import pytest
+import t2i_table
+import torch
+from conftest import ROOT, check_refusal, check_success, load_script, read_json, run_script
+
+import common
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test waits for a network
+
+NAMES = load_script("06")
+METHODS = list(NAMES["METHODS"])
+FORGET = "a photo of a three"
+KEEP = ("a photo of a one", "a photo of a two")
+PSEUDO = "a photo of a eight"
+NUM_LAYERS_OF_SD = 686  # tensors in the U-Net of Stable Diffusion v1.4
+
+
+# ---- pipelines -----------------------------------------------------------------------------------
+
+
+def make_tiny():
+    """The names that tests/make_tiny_pipeline.py defines."""
+    path = ROOT / "tests/make_tiny_pipeline.py"
+    spec = importlib.util.spec_from_file_location("make_tiny_pipeline", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_random_pipeline(folder):
+    """Save a pipeline of random weights: the blocks of Stable Diffusion v1.4, but 8 wide."""
+    import diffusers
+
+    tiny = make_tiny()
+    torch.manual_seed(0)
+    widths = (8, 16, 32, 32)  # of Stable Diffusion: 320, 640, 1280, 1280
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=widths,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+    vae = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4, 4, 8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=64,
+    )
+    tokenizer = tiny.make_tokenizer(folder.with_name("tokenizer"))
+    text_encoder = tiny.make_text_encoder(len(tokenizer), tokenizer.eos_token_id, width=16)
+    scheduler = tiny.make_scheduler()
+    tiny.save_pipeline(folder, vae, unet, text_encoder, tokenizer, scheduler)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    """The folder of a pipeline of random weights."""
+    return write_random_pipeline(tmp_path_factory.mktemp("random") / "tiny")
+
+
+def flags_of(pipeline, out, *more):
+    """Flags of a short run on a pipeline of random weights."""
+    argv = ["--pipeline", pipeline, "--forget", FORGET, "--keep", *KEEP, "--quick", "--out", out]
+    return [*argv, "--nfe", 2, *more]
+
+
+def run_06(pipeline, out, *more):
+    """Make a short run -> (Run, the folder that it has written)."""
+    run = run_script("06", *flags_of(pipeline, out, *more))
+    check_success(run)
+    (path,) = out.glob("quick/tiny/forget-a_photo_of_a_three/[!.]*/result.json")
+    return run, path.parent
+
+
+def prepared(pipeline, out, *more):
+    """What `main` has made when the training begins -> (args, Model, D_g, D_f)."""
+    argv = [str(value) for value in flags_of(pipeline, out, *more)]
+    args = NAMES["arguments"](argv)
+    pictures_of, known = NAMES["find_pictures"](args)
+    NAMES["choose_prompts"](args, known)
+    pipe = NAMES["load_pipeline"](args)
+    torch.manual_seed(args.seed)
+    texts = NAMES["embed"](pipe, ["", *args.forget, *args.keep, PSEUDO])
+    part_f = NAMES["make_part"](args, pipe, texts, pictures_of, args.forget)
+    part_g = NAMES["make_part"](args, pipe, texts, pictures_of, args.keep)
+    return args, NAMES["make_model"](args, pipe, texts), part_g, part_f
+
+
+def unet_weights(folder):
+    """The weights of the U-Net of a saved pipeline, in float32."""
+    from safetensors.torch import load_file
+
+    weights = load_file(folder / "unet/diffusion_pytorch_model.safetensors")
+    return {name: weight.float() for name, weight in weights.items()}
+
+
+def method_flags(method):
+    return ["--method", method, *(["--pseudo", PSEUDO] if method == "erasediff" else [])]
+
+
+# ---- every method, every choice of weights -------------------------------------------------------
+
+
+def test_the_layers_are_those_of_stable_diffusion(pipeline):
+    names = unet_weights(pipeline)
+    assert len(names) == NUM_LAYERS_OF_SD
+    assert "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight" in names
+    assert "up_blocks.3.attentions.2.transformer_blocks.0.attn2.to_out.0.bias" in names
+
+
+# Each method and each choice once; the other pairs take as long again, and run with --slow.
+PAIRS = [(method, "full") for method in METHODS]
+PAIRS += [("obt-rel", "xattn"), ("esd", "noxattn")]
+for more in METHODS:
+    for choice in ("xattn", "noxattn"):
+        if (more, choice) not in PAIRS:
+            PAIRS.append(pytest.param(more, choice, marks=pytest.mark.slow))
+
+
+@pytest.mark.parametrize("method, train", PAIRS)
+def test_every_method_trains_every_choice(method, train, pipeline, tmp_path, monkeypatch):
+    from safetensors.torch import load_file
+
+    # A picture takes a second of each run. The other tests draw it.
+    monkeypatch.setattr(common, "draw_picture", lambda *_, **__: None)
+    flags = [*method_flags(method), "--train", train, "--lr", 1e-2]
+    _, folder = run_06(pipeline, tmp_path, *flags)
+    written = {path.name for path in folder.iterdir()}
+    assert written == {"weights.safetensors", "result.json", "log.jsonl"}
+
+    before = unet_weights(pipeline)
+    after = load_file(folder / "weights.safetensors")
+    is_cross = {name: ".attn2." in name for name in before}
+    wanted = {name for name in before if train == "full" or is_cross[name] == (train == "xattn")}
+    assert set(after) == wanted
+    assert any(not torch.equal(after[name], before[name]) for name in after)
+
+    steps = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert len(steps) == 4
+    assert all((step["loss_g"] == 0) == (method == "esd") for step in steps[1:])
+    assert all((step["loss_f"] == 0) == (method == "unseen") for step in steps[1:])
+
+
+def test_xattn_changes_attn2_alone(pipeline, tmp_path):
+    """In the whole pipeline that is saved, not only in the list of what was trained."""
+    saved = tmp_path / "saved"
+    flags = ["--train", "xattn", "--lr", 1e-2, "--save", saved]
+    run_06(pipeline, tmp_path / "out", *flags)
+    before = unet_weights(pipeline)
+    after = unet_weights(saved)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(".attn2." in name for name in changed)
+    assert set(after) == set(before)
+
+
+# ---- what a run leaves ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(pipeline, tmp_path_factory):
+    """A run with --save and --relearn -> (Run, its folder, the saved pipeline)."""
+    out = tmp_path_factory.mktemp("finished")
+    saved = out / "saved"
+    run, folder = run_06(pipeline, out, "--save", saved, "--relearn", 1, "--lr", 1e-2)
+    return run, folder, saved
+
+
+def test_the_saved_pipeline_draws_the_same_picture(pipeline, finished, tmp_path):
+    """diffusers alone, without 06, draws with the folder what 06 drew after the training."""
+    import diffusers
+    from safetensors.torch import load_file
+
+    _, folder, saved = finished
+    args, model, _, _ = prepared(pipeline, tmp_path)
+    weights = load_file(folder / "weights.safetensors")
+    NAMES["put_weights"](model, [weights[name] for name in model.names])
+    ours = NAMES["draw_pictures"](args, model.pipe, model.texts, FORGET, 2, 0)
+
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(saved, low_cpu_mem_usage=False)
+    pipe.to("cpu", torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    pictures = pipe(
+        [FORGET, FORGET],
+        latents=torch.randn(2, 4, 8, 8, generator=common.rng(0, 0)),
+        guidance_scale=args.guidance,
+        num_inference_steps=args.nfe,
+        output_type="pt",
+    ).images
+    theirs = (pictures * 255).round().byte()
+    assert (ours.int() - theirs.int()).abs().max() <= 1
+
+
+def test_the_saved_pipeline_differs_in_the_unet_alone(pipeline, finished):
+    saved = finished[2]
+    for path in pipeline.rglob("*"):
+        if path.is_file() and path.parent.name != "unet":
+            other = saved / path.relative_to(pipeline)
+            assert other.read_bytes() == path.read_bytes(), path
+
+
+def test_result_holds_every_measure(finished):
+    assert {path.name for path in finished[1].iterdir()} == set(NAMES["OUTPUTS"])
+    result = read_json(finished[1] / "result.json")
+    for moment in ("before", "after"):
+        measures = result[moment]
+        low, high = measures["cr_interval"]
+        assert low <= measures["cr"] <= high
+        assert sum(measures["class_counts"].values()) == result["n"]
+        assert set(measures["others_by_prompt"]) == set(KEEP)
+        assert measures["worst"] == min(measures["others_by_prompt"].values())
+        assert list(measures["paraphrases"]) == ["three", "the digit three", "a handwritten 3"]
+        assert {"unsure", "noise", "empty_prompt", "others", "fd"} <= set(measures)
+    assert set(result["relearn"]) == {"1"}
+    assert set(result["relearn"]["1"]) == {"cr", "cr_interval", "unsure", "noise", "class_counts"}
+
+
+def test_cr_is_never_printed_without_the_unsure_share(finished):
+    lines = finished[0].out.splitlines()
+    first = [i for i, line in enumerate(lines) if line.startswith("CR of what is forgotten")]
+    assert "unsure" in lines[first[0] + 1]
+    assert "noise" in lines[first[0] + 2]
+
+
+def test_an_equal_seed_gives_equal_weights(pipeline, tmp_path):
+    weights = []
+    for seed in (1, 1, 2):
+        flags = ("--seed", seed, "--steps", 2, "--lr", 1e-2)
+        args, model, part_g, part_f = prepared(pipeline, tmp_path, *flags)
+        NAMES["train"](args, model, part_g, part_f)
+        weights.append(model.weights[0].detach())
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_another_concept_needs_no_judge(pipeline, tmp_path):
+    out = tmp_path / "out"
+    argv = ["--pipeline", pipeline, "--forget", "a cat", "--keep", "a dog", "--quick", "--nfe", 2]
+    run = run_script("06", *argv, "--out", out, "--judge-weights", "none")
+    check_success(run)
+    (path,) = out.glob("quick/tiny/forget-a_cat/*/result.json")
+    result = read_json(path)
+    assert "after" not in result
+    assert (path.parent / "before_after.png").exists()
+
+
+def test_own_folders_of_pictures(pipeline, tmp_path):
+    """A sub-folder is a prompt; those of Imagenette have numbers for names."""
+    from PIL import Image
+
+    root = tmp_path / "pictures"
+    for name in ("n01440764", "church", "golf_ball"):
+        (root / name).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (40, 30), (80 * i, 0, 0)).save(root / name / f"{i}.png")
+    argv = ["--pipeline", pipeline, "--forget", "a photo of a tench", "--quick", "--nfe", 2]
+    more = ["--images", root, "--judge-weights", "none", "--out", tmp_path / "out"]
+    run = run_script("06", *argv, *more)
+    check_success(run)
+    assert "a photo of a tench: 3 images; keeping 2 prompts: 6 images" in run.out
+
+
+# ---- the frozen model ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("train", ["full", "xattn"])
+def test_the_frozen_model_stays_as_it_was(train, pipeline, tmp_path):
+    flags = ["--train", train, "--steps", 10, "--lr", 1e-2]
+    args, model, part_g, part_f = prepared(pipeline, tmp_path, *flags)
+    torch.manual_seed(1)
+    x_t = torch.randn(3, 4, 8, 8)
+    t = torch.tensor([10, 500, 990])
+    text = model.texts[FORGET].expand(3, -1, -1)
+
+    def both():
+        with torch.no_grad():
+            trained = NAMES["estimate"](model, x_t, t, text)
+        return trained, NAMES["estimate"](model, x_t, t, text, is_frozen=True)
+
+    trained, frozen = both()
+    assert torch.equal(trained, frozen)
+    NAMES["train"](args, model, part_g, part_f)
+    trained_after, frozen_after = both()
+    assert torch.equal(frozen_after, frozen)
+    assert not torch.allclose(trained_after, frozen, atol=1e-4)
+
+
+def test_l_g_never_sees_the_forgotten_prompt(pipeline, tmp_path, monkeypatch):
+    _, model, part_g, _ = prepared(pipeline, tmp_path)
+    _, embeddings = part_g.draw(200, model.texts, empty_share=0.1)
+    allowed = torch.stack([model.texts[prompt] for prompt in ("", *KEEP)])
+    is_one = (embeddings[:, None] == allowed[None]).flatten(2).all(2)  # (200, 3)
+    assert is_one.any(1).all()
+    share = is_one.float().mean(0)
+    assert share[0] == pytest.approx(0.1, abs=0.08)
+
+
+# ---- the target ----------------------------------------------------------------------------------
+
+
+def test_obt_rel_with_its_anchor_wants_what_esd_wants():
+    """On a mixture of two classes: the optimum of obt_rel_loss, by quadrature, is ESD's target."""
+    kind = {"dtype": torch.float64}
+    means = torch.tensor([[-1.0], [1.5]], **kind)
+    covs = torch.tensor([[[0.3]], [[0.5]]], **kind)
+    weights = torch.tensor([0.7, 0.3], **kind)
+    of_all = common.GaussianMixture(means, covs, weights)
+    of_f = common.GaussianMixture(means[1:], covs[1:], weights[1:])
+    eta = 1.3
+    x_t = torch.linspace(-3, 3, 13, **kind)[:, None]
+    sigma = torch.full((13,), 0.8, **kind)
+    z_base = of_f.z_hat(x_t, sigma)
+    z_none = of_all.z_hat(x_t, sigma)
+
+    # All x0 of D_f that can lie behind an x_t, each with its own z and its probability.
+    x0 = torch.linspace(-6, 9, 6001, **kind)
+    z = (x_t - x0) / 0.8  # (13, 6001)
+    log_p = -0.5 * z**2 - 0.5 * (x0 - 1.5) ** 2 / 0.5
+    share = log_p.softmax(1)
+
+    z_hat = torch.zeros(13, 1, **kind, requires_grad=True)
+    grown = [value.expand_as(z).reshape(-1, 1) for value in (z_hat, z_base, z_none)]
+    losses = NAMES["obt_rel_loss"](grown[0], z.reshape(-1, 1), grown[1], grown[2], eta)
+    (grad,) = torch.autograd.grad((share * losses.reshape(z.shape)).sum(), z_hat)
+    optimum = z_hat - grad / 2  # the loss is |z_hat|^2 + ..., so one step of Newton ends at it
+
+    target = NAMES["esd_target"](z_base, z_none, eta)
+    assert torch.allclose(optimum, target, atol=1e-8)
+    assert not torch.allclose(target, z_base, atol=0.1)
+    # ESD's own definition: beyond the empty prompt, on the other side.
+    assert torch.allclose(target, z_none - eta * (z_base - z_none))
+
+
+def test_without_chance_obt_rel_is_esd_up_to_a_constant():
+    torch.manual_seed(0)
+    z_base = torch.randn(4, 3, 8, 8)
+    z_none = torch.randn(4, 3, 8, 8)
+    target = NAMES["esd_target"](z_base, z_none, 1.0)
+    differences = []
+    for _ in range(2):
+        z_hat = torch.randn(4, 3, 8, 8)
+        loss = NAMES["obt_rel_loss"](z_hat, z_base, z_base, z_none, 1.0)
+        differences.append(loss - common.flat_mean((z_hat - target) ** 2))
+    assert torch.allclose(*differences, atol=1e-5)
+
+
+def test_noise_is_added_as_the_pipeline_adds_it(pipeline, tmp_path):
+    """Also after sampling, which leaves a scheduler with a few steps only."""
+    import diffusers
+
+    args, model, _, _ = prepared(pipeline, tmp_path)
+    NAMES["draw_pictures"](args, model.pipe, model.texts, FORGET, 1, 0)
+    own = diffusers.PNDMScheduler.from_pretrained(pipeline, subfolder="scheduler")
+    x0 = torch.randn(3, 4, 8, 8)
+    t, z, x_t = NAMES["noised"](model, x0)
+    assert torch.allclose(x_t, own.add_noise(x0, z, t), atol=1e-5)
+
+
+def test_v_prediction_is_turned_into_noise(pipeline, tmp_path):
+    """Of a network that answers v = s z - std x0 the estimate is z."""
+    _, model, _, _ = prepared(pipeline, tmp_path)
+    x0 = torch.randn(3, 4, 8, 8)
+    t, z, x_t = NAMES["noised"](model, x0)
+    s, std = NAMES["signal_and_noise"](model.pipe, t, x0)
+
+    class Answer:
+        sample = s * z - std * x0
+
+    def answer(*_):
+        return Answer
+
+    model.pipe.unet = answer
+    model.pipe.scheduler.register_to_config(prediction_type="v_prediction")
+    text = model.texts[FORGET].expand(3, -1, -1)
+    assert torch.allclose(NAMES["estimate"](model, x_t, t, text), z, atol=1e-5)
+
+
+# ---- the judge -----------------------------------------------------------------------------------
+
+
+def test_the_judge_of_digits_reads_padded_digits():
+    args = NAMES["flags"]().parse_args(["--forget", FORGET])
+    judge = NAMES["load_judge"](args)
+    pictures_of, _ = NAMES["mnist_pictures"](args)
+    verdict = judge.verdict(pictures_of(FORGET, 32, 100))
+    assert (verdict.labels == 3).float().mean() >= 0.97
+    assert judge.class_of("a handwritten 3") == judge.class_of(FORGET) == 3
+    assert judge.class_of("a picture of a cat") is None
+
+
+def test_noise_is_told_from_pictures():
+    """What Ort and Obt draw: the judge calls a part of it a 3, and is sometimes sure of that."""
+    args = NAMES["flags"]().parse_args(["--forget", FORGET])
+    judge = NAMES["load_judge"](args)
+    pictures_of, _ = NAMES["mnist_pictures"](args)
+    real = judge.verdict(pictures_of(PSEUDO, 32, 500))
+    noise = torch.randint(0, 256, (20, 1, 32, 32), generator=common.rng(0), dtype=torch.uint8)
+    pictures = torch.cat([noise.expand(-1, 3, -1, -1), pictures_of(FORGET, 32, 20)])
+    verdicts = {FORGET: judge.verdict(pictures)}
+    measures = NAMES["measure_forgotten"](args, judge, verdicts, real)
+    assert measures["noise"] == pytest.approx(50, abs=5)
+
+
+def test_the_longest_name_counts():
+    names = [["ball"], ["golf ball"], ["tench"]]
+    judge = NAMES["Judge"](None, None, names, ("{0}", "an image of a {0}"))
+    assert judge.class_of("a photo of a golf ball") == 1
+    assert judge.class_of("a photo of a ballroom") is None
+    assert judge.paraphrases_of("A photo of a Tench") == ["tench", "an image of a tench"]
+
+
+def test_resnet_is_read_from_a_local_file(tmp_path):
+    """It judges as torchvision's own network does, of random weights, on ImageNet's classes."""
+    from torchvision.models import resnet50
+
+    torch.manual_seed(0)
+    net = resnet50().eval()
+    path = tmp_path / "resnet50.pth"
+    torch.save(net.state_dict(), path)
+    argv = ["--forget", "a photo of a tench", "--judge-weights", str(path)]
+    judge = NAMES["load_judge"](NAMES["flags"]().parse_args(argv))
+    assert judge.class_of("a photo of a tench") == 0
+    assert judge.class_of("a photo of a parachute") == 701
+    for name in NAMES["IMAGENETTE"].values():
+        assert judge.class_of(f"a photo of a {name}") is not None, name
+    pictures = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    verdict = judge.verdict(pictures)
+    x = judge.prepare(pictures).float() / 255
+    mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+    std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    with torch.no_grad():
+        assert torch.equal(net((x - mean) / std).argmax(1), verdict.labels)
+    assert verdict.features.shape == (2, 2048)
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+THREE = ("--forget", FORGET)
+BAD_FLAGS = {
+    "no forget": ((), "python 06_text_to_image.py --forget"),
+    "no such pipeline": ((*THREE, "--pipeline", "data/nothing/here"), "not found"),
+    "no such name": ((*THREE, "--keep", *KEEP, "--pipeline", "nobody/nothing"), "CompVis/"),
+    "no pseudo": ((*THREE, "--method", "erasediff"), "--pseudo PROMPT"),
+    "pseudo of esd": ((*THREE, "--method", "esd", "--pseudo", PSEUDO), "--pseudo has no part"),
+    "alpha of esd": ((*THREE, "--method", "esd", "--alpha", 0.5), "--alpha has no part"),
+    "eta of ort": ((*THREE, "--method", "ort", "--eta", 1), "--eta has no part"),
+    "retain of esd": ((*THREE, "--method", "esd", "--retain", "dsm"), "--retain has no part"),
+    "kept and forgotten": ((*THREE, "--keep", FORGET), "--keep"),
+    "template": ((*THREE, "--template", "a photo"), "--template"),
+    "D_f empty": (("--forget", "a photo of a cat"), "D_f is empty"),
+    "D_g empty": ((*THREE, "--images", "generate"), "D_g is empty"),
+    "D_g unknown": ((*THREE, "--keep", "a photo of a dog"), "D_g is empty"),
+    "no folder": ((*THREE, "--images", "nowhere"), "--images nowhere is no folder"),
+    "no judge": (
+        ("--forget", "a cat", "--keep", "a dog", "--images", "generate"),
+        "--judge-weights",
+    ),
+    "no weights": ((*THREE, "--judge-weights", "nowhere.pth"), "nowhere.pth not found"),
+    "not weights": ((*THREE, "--judge-weights", ROOT / "README.md"), "cannot be used"),
+    "too long": ((*THREE, "--pseudo", "zero " * 30, "--method", "erasediff"), "32 tokens"),
+    "no data set": ((*THREE, "--dataset", "mnist"), "--dataset"),
+    "relearn": ((*THREE, "--keep", KEEP[0], "--relearn", 21), "D_f has only 20 images"),
+    "saved before": ((*THREE, "--save", ROOT / "data"), "is there already"),
+}
+
+
+@pytest.mark.parametrize("flags, word", BAD_FLAGS.values(), ids=BAD_FLAGS.keys())
+def test_bad_input_is_one_line(pipeline, tmp_path, flags, word):
+    usual = []
+    if "--pipeline" not in flags:
+        usual = ["--pipeline", pipeline]
+        if "--images" not in flags:
+            usual += ["--images", "mnist"]
+    run = run_script("06", *usual, *flags, "--quick", "--out", tmp_path)
+    check_refusal(run, word)
+    assert not list(tmp_path.rglob("result.json"))
+
+
+def write_other_class(folder):
+    index = json.loads((folder / "model_index.json").read_text())
+    index["_class_name"] = "StableDiffusionXLPipeline"
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
+def remove_index(folder):
+    (folder / "model_index.json").unlink()
+
+
+def cut_weights(folder):
+    path = folder / "unet/diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+DAMAGE = {
+    "another class": (write_other_class, "supported is StableDiffusionPipeline"),
+    "no index": (remove_index, "model_index.json"),
+    "cut weights": (cut_weights, "cannot be loaded"),
+}
+
+
+@pytest.mark.parametrize("damage, word", DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_pipeline_that_is_none(pipeline, tmp_path, damage, word):
+    folder = tmp_path / "damaged"
+    shutil.copytree(pipeline, folder)
+    damage(folder)
+    argv = ["--pipeline", folder, *THREE, "--images", "mnist", "--quick", "--out", tmp_path]
+    check_refusal(run_script("06", *argv), word, "--pipeline")
+
+
+def test_a_result_of_other_settings_stays(pipeline, tmp_path):
+    """--guidance is not in the name of the folder, and changes every figure."""
+    argv = [str(value) for value in flags_of(pipeline, tmp_path)]
+    folder = NAMES["output_folder"](NAMES["arguments"](argv))
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps({"args": {"guidance": 7.5}}))
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    other = flags_of(pipeline, tmp_path, "--guidance", 3)
+    check_refusal(run_script("06", *other), "--guidance", "--overwrite")
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+    (folder / "notes.txt").write_text("mine")
+    check_refusal(run_script("06", *other, "--overwrite"), "notes.txt")
+    (folder / "notes.txt").unlink()
+    check_success(run_script("06", *other, "--overwrite"))
+    assert read_json(folder / "result.json")["args"]["guidance"] == 3
+
+
+def test_without_the_packages_a_line_says_how_to_install_them(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "diffusers" else find(name)
+    )
+    run = run_script("06", *THREE, "--out", tmp_path)
+    check_refusal(run, "pip install diffusers transformers")
+
+
+def test_the_folder_of_a_run_names_what_was_chosen(pipeline, tmp_path):
+    def name_of(*more):
+        args = NAMES["arguments"]([str(value) for value in flags_of(pipeline, tmp_path, *more)])
+        return NAMES["output_folder"](args).name
+
+    names = [
+        name_of(),
+        name_of("--eta", 2),
+        name_of("--train", "xattn"),
+        name_of("--method", "esd"),
+        name_of("--steps", 7),
+        name_of("--seed", 1),
+        name_of("--images", "mnist"),
+        name_of("--method", "erasediff", "--pseudo", PSEUDO),
+    ]
+    assert names[0] == "obt-rel"
+    assert len(set(names)) == len(names)
+
+
+# ---- the table of all methods --------------------------------------------------------------------
+
+
+def made_up_result(cr, drawn):
+    """A result of 06 as far as the table reads it."""
+    measures = {"cr": cr, "unsure": 10.0, "noise": 1.0, "others": 98.0, "worst": 90.0, "fd": 0.5}
+    measures |= {"empty_prompt": 9.0, "paraphrases": {"three": cr}, "class_counts": drawn}
+    result = dict.fromkeys(("method", "forget", "n", "skipped_steps", "seconds"), 0)
+    return {**result, "before": {**measures, "cr": 97.0}, "after": measures, "relearn": {}}
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """The path of a table, and the flags of all runs that were made for it: none needs 06."""
+    made = []
+
+    def execute(folder, flags):
+        made.append(flags)
+        return made_up_result(2.0 * len(made), {"eight": 150, "five": 50})
+
+    monkeypatch.setattr(t2i_table, "execute", execute)
+    return tmp_path / "t2i.json", made
+
+
+def test_every_run_of_the_table_is_one_that_06_takes():
+    parser = NAMES["flags"]()
+    for flags in t2i_table.runs().values():
+        args = parser.parse_args([str(flag) for flag in flags])
+        NAMES["refuse"](args)
+        for name in ("steps", "batch_size", "lr", "ema", "n", "nfe", "guidance"):
+            assert getattr(args, name) is not None, name
+        for name, methods in NAMES["BELONGS_TO"].items():
+            assert (getattr(args, name) is not None) == (args.method in methods), name
+
+
+def test_the_table_has_every_method_twice_and_three_seeds_of_the_chosen():
+    names = list(t2i_table.runs())
+    for method in METHODS:
+        runs = [name for name in names if name.startswith(f"{method}/") and "/s" not in name]
+        assert len(runs) >= 2, method
+    assert {"obt-rel/200/s1", "obt-rel/200/s2", "esd/100/s2", "erasediff/100/s2"} <= set(names)
+
+
+def test_a_finished_run_of_the_table_is_not_repeated(table, tmp_path, monkeypatch):
+    path, made = table
+    t2i_table.fill(tmp_path, path, ("obt",))
+    assert len(made) == 2
+    t2i_table.fill(tmp_path, path, ("obt", "ort"))
+    assert len(made) == 4
+    # A run with other flags is another run.
+    monkeypatch.setitem(t2i_table.FLAGS, "obt", {"--alpha": 0.8, "--retain": "dsm"})
+    t2i_table.fill(tmp_path, path, ("obt",))
+    assert len(made) > 4
+
+
+def test_listing_the_table_runs_nothing(table, tmp_path, capsys):
+    path, made = table
+    t2i_table.fill(tmp_path, path, dry="list")
+    assert not made
+    assert capsys.readouterr().out.count("missing t2i/") == len(t2i_table.runs())
+
+
+def test_seeds_share_a_line_of_means(table, tmp_path):
+    path, _ = table
+    t2i_table.fill(tmp_path, path, ("esd",))
+    lines = list(t2i_table.lines(t2i_table.load(path)))
+    (line,) = [line for line in lines if line.startswith("| esd/100")]
+    shares = [t2i_table.load(path)[f"esd/100{seed}"]["after"]["cr"] for seed in ("", "/s1", "/s2")]
+    assert line.startswith(f"| esd/100, 3 seeds | {sum(shares) / 3:.1f} |")
+    assert "eight 150, five 50" in line
+    assert not any("/s1" in line for line in lines)
+    assert lines[2].startswith("| before | 97.0 |")
+
+
+@pytest.mark.parametrize("text", ['{"a":', "[1]"])
+def test_a_damaged_table_of_06_is_one_line(tmp_path, text, capsys):
+    path = tmp_path / "t2i.json"
+    path.write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        t2i_table.load(path)
+    assert stop.value.code == 2
+    assert "git checkout" in capsys.readouterr().err

@@ -1098,8 +1098,8 @@ def output_folder(args):
         parts.append(f"images-{Path(args.images).name}")
     if args.seed:
         parts.append(f"s{args.seed}")
-    name = common.join_names(["_".join(parts)]).replace("+", "-").replace("_", "-")
-    # A space in the name of a folder has to be quoted in every shell.
+    # join_names makes "+" of a "-" within a part. A space has to be quoted in every shell.
+    name = common.join_names(parts).replace("+", "-").replace(" ", "_")
     prompts = [prompt.replace(" ", "_") for prompt in args.forget]
     return common.forget_folder(args.out, args.name, prompts) / common.shorten(name, 100)
 

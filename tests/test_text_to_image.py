@@ -562,6 +562,8 @@ def test_the_folder_of_a_run_names_what_was_chosen(pipeline, tmp_path):
         name_of("--method", "erasediff", "--pseudo", PSEUDO),
     ]
     assert names[0] == "obt-rel"
+    assert names[-1] == "erasediff-pseudo-a_photo_of_a_eight"
+    assert not any(" " in name for name in names)
     assert len(set(names)) == len(names)
 
 

@@ -507,13 +507,15 @@ def read_samplers_file(args):
         if not args.quick and table["pc_steps"] != args.pc_steps:
             raise ValueError("another predictor-corrector")
         known = samplers(argparse.Namespace(budgets=(budget,), pc_steps=args.pc_steps))
+        for name in YARDSTICKS:
+            statistics.mean(table["samplers"][name]["fd"])
         return table, {name: known[name] for name in (chosen, *YARDSTICKS)}
     except (OSError, ValueError, KeyError, TypeError):
         where = ["--samplers-file", Path(args.samplers_file), "--out", Path(args.out)]
         if args.quick:  # it adds its folder to --out again
             where = [*where[:3], Path(args.out).parent, "--quick"]
         common.exit_with_error(
-            f"{args.samplers_file} is missing, damaged or of --quick; "
+            f"{args.samplers_file} is missing, damaged, of --quick or of an older version; "
             f"make it with: {SAMPLERS_COMMAND} {common.shell_command(where)}"
         )
 

@@ -237,6 +237,18 @@ def test_bad_input_is_one_line(benchmark, tmp_path, capsys, monkeypatch, argv, w
     assert not (tmp_path / "x.json").exists()
 
 
+def test_a_table_without_a_yardstick_is_one_line(benchmark, tmp_path, capsys):
+    table = tmp_path / "samplers.json"
+    row = {"nfe": 4, "fd": [1, 2]}
+    rows = {"dpm++2m-4": row, "pc": row}
+    common.write_json(table, {"chosen": "dpm++2m-4", "pc_steps": 3, "samplers": rows})
+    argv = ("--quick", "--out", tmp_path / "out", "--samplers-file", table)
+    assert run(benchmark, *argv, "--json", tmp_path / "speed.json") == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "older version" in err
+
+
 # ---- shapes.py -----------------------------------------------------------------------------------
 
 

@@ -204,13 +204,7 @@ def refuse(args):
             "leave out --grad-accum and --compile"
         )
 
-    for flag, methods in BELONGS_TO.items():
-        if getattr(args, flag) is not None and args.method not in methods:
-            common.exit_with_error(
-                f"--{flag.replace('_', '-')} has no part in --method {args.method}; "
-                f"it belongs to --method {' | '.join(methods)}"
-            )
-
+    common.refuse_other_methods(args, BELONGS_TO)
     common.refuse_resume_and_overwrite(args)
     if args.redraw is not None and (args.resume or args.overwrite):
         common.exit_with_error("--redraw trains nothing: leave out --resume and --overwrite")
@@ -1154,18 +1148,6 @@ def plot_curves(path, losses, title):
     common.save_figure(fig, path, dpi=100)
 
 
-def write_log(path, losses, skipped):
-    """Write L_g and L_f of each step, losses (steps, 2), as lines of JSON.
-
-    skipped  numbers of the steps that were left out, because their gradient was not finite
-    """
-    with common.path_in_errors(path), path.open("w") as log:
-        for i, (loss_g, loss_f) in enumerate(losses.tolist()):
-            line = {"step": i + 1, "loss_g": loss_g, "loss_f": loss_f}
-            line["skipped"] = i + 1 in skipped
-            log.write(common.json_line(line))
-
-
 def read_log(path):
     """Read L_g and L_f of each step from log.jsonl: (steps, 2)."""
     losses = []
@@ -1275,7 +1257,7 @@ def main(argv=None):
                 losses = train(args, data, model, path, ctrl_c)
 
             # ---- outputs
-            write_log(out / "log.jsonl", losses, model.skipped)
+            common.write_losses(out / "log.jsonl", losses, model.skipped)
             save(out / "model.pt", args.steps, model, args)
             after = draw_samples(
                 args, model.ema.net, model.sde, judge, model.shape, "samples after"

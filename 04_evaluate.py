@@ -37,7 +37,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 
 import argparse
 import copy
-import importlib.util
 import math
 import os
 import time
@@ -93,14 +92,7 @@ def arguments(argv):
         metavar="SIGMA",
         help="noise level at which the likelihood starts (default: 0.001; the paper's VE: 0.01)",
     )
-    parser.add_argument(
-        "--fid", action="store_true", help="also the standard FID; needs torch-fidelity"
-    )
-    parser.add_argument(
-        "--inception-weights",
-        metavar="PATH",
-        help="--fid without network: the file of Inception's weights, which you trust",
-    )
+    common.add_fid(parser)
     parser.add_argument(
         "--relearn",
         nargs="*",
@@ -110,18 +102,7 @@ def arguments(argv):
     )
     args = parser.parse_args(argv)
 
-    # Look now for what --fid needs: the sampling that comes before it can take hours.
-    if args.fid and not importlib.util.find_spec("torch_fidelity"):
-        common.exit_with_error(
-            "--fid needs one package more: pip install torch-fidelity "
-            "(or drop --fid: FD needs nothing)"
-        )
-    if args.inception_weights and not Path(args.inception_weights).is_file():
-        common.exit_with_error(
-            f"--inception-weights {args.inception_weights} not found; "
-            "drop the flag and torch-fidelity downloads the file"
-        )
-
+    common.refuse_missing_fid(args)
     common.refuse_unused(parser, args, ["grad_accum", "compile"], "in 04")
     if args.relearn is None:
         common.refuse_unused(parser, args, ["steps", "batch_size", "lr"], "without --relearn")

@@ -179,12 +179,7 @@ def add_measures(p):
         metavar="PATH",
         help="ImageNet's classes: the file of torchvision's ResNet-50; none: measure nothing",
     )
-    p.add_argument("--fid", action="store_true", help="also the standard FID; needs torch-fidelity")
-    p.add_argument(
-        "--inception-weights",
-        metavar="PATH",
-        help="--fid without network: the file of Inception's weights, which you trust",
-    )
+    common.add_fid(p)
     p.add_argument("--save", metavar="FOLDER", help="also write a whole pipeline there")
 
 
@@ -196,12 +191,7 @@ def is_shipped(args):
 def refuse(args):
     """Exit with one line if something is missing, or if flags do not fit together."""
     refuse_missing_packages(args)
-    for flag, methods in BELONGS_TO.items():
-        if getattr(args, flag) is not None and args.method not in methods:
-            common.exit_with_error(
-                f"--{flag} has no part in --method {args.method}; "
-                f"it belongs to --method {' | '.join(methods)}"
-            )
+    common.refuse_other_methods(args, BELONGS_TO)
     if args.method == "erasediff" and args.pseudo is None:
         common.exit_with_error(
             "--method erasediff needs --pseudo PROMPT, what is to be drawn instead "
@@ -225,11 +215,6 @@ def refuse_missing_packages(args):
                 f"06 needs the package {package}: pip install diffusers transformers "
                 "(01 to 05 do not)"
             )
-    if args.fid and importlib.util.find_spec("torch_fidelity") is None:
-        common.exit_with_error(
-            "--fid needs one package more: pip install torch-fidelity "
-            "(or drop --fid: FD needs nothing)"
-        )
 
 
 def refuse_missing_files(args):
@@ -237,11 +222,7 @@ def refuse_missing_files(args):
     find_pipeline(args.pipeline)
     if args.judge_weights not in (None, "none") and not Path(args.judge_weights).is_file():
         common.exit_with_error(f"--judge-weights {args.judge_weights} not found; {WHERE_RESNET_IS}")
-    if args.inception_weights and not Path(args.inception_weights).is_file():
-        common.exit_with_error(
-            f"--inception-weights {args.inception_weights} not found; "
-            "drop the flag and torch-fidelity downloads the file"
-        )
+    common.refuse_missing_fid(args)
     if args.images not in (None, "mnist", "generate") and not Path(args.images).is_dir():
         common.exit_with_error(
             f"--images {args.images} is no folder; valid are a folder, mnist and generate"
@@ -924,15 +905,11 @@ def draw_all(args, model, counts, label):
     return pictures
 
 
-def share_of_class(labels, wanted):
-    """Return in percent how many of the labels (n,) are the class `wanted`."""
-    return 100 * (labels == wanted).float().mean().item()
-
-
-def measure(args, judge, pictures, real):
+def measure(args, judge, pictures, part_g, real):
     """Measure the pictures of one moment, {prompt: bytes}; all shares are in percent.
 
-    real  (N, 3, H, W) pictures of D_g, which the kept prompts' pictures are compared with
+    part_g  the Part of D_g, with whose pictures those of the kept prompts are compared
+    real    Verdict on these pictures
 
     cr            share of the forgotten prompts' pictures that show what was to be forgotten
     unsure        share of the same of which the judge is less than 80 % sure
@@ -942,27 +919,27 @@ def measure(args, judge, pictures, real):
     fd            Frechet distance of the same to `real`, by the judge's features
     """
     verdicts = {prompt: judge.verdict(images) for prompt, images in pictures.items()}
-    real_verdict = judge.verdict(real)
-    result = measure_forgotten(args, judge, verdicts, real_verdict)
+    result = measure_forgotten(args, judge, verdicts, real)
     result["paraphrases"] = {}
     for prompt in args.forget:
         wanted = judge.class_of(prompt)
         for other in judge.paraphrases_of(prompt):
-            result["paraphrases"][other] = share_of_class(verdicts[other].labels, wanted)
+            result["paraphrases"][other] = common.percent(verdicts[other].labels == wanted)
     classes = torch.tensor([judge.class_of(prompt) for prompt in args.forget])
-    is_forgotten = torch.isin(verdicts[""].labels, classes)
-    result["empty_prompt"] = 100 * is_forgotten.float().mean().item()
+    result["empty_prompt"] = common.percent(torch.isin(verdicts[""].labels, classes))
 
     by_prompt = {}
     for prompt in args.keep:
-        by_prompt[prompt] = share_of_class(verdicts[prompt].labels, judge.class_of(prompt))
+        is_right = verdicts[prompt].labels == judge.class_of(prompt)
+        by_prompt[prompt] = common.percent(is_right)
     features = torch.cat([verdicts[prompt].features for prompt in args.keep])
     result["others"] = sum(by_prompt.values()) / len(by_prompt)
     result["worst"] = min(by_prompt.values())
     result["others_by_prompt"] = by_prompt
-    result["fd"] = common.frechet_distance(features, real_verdict.features)
+    result["fd"] = common.frechet_distance(features, real.features)
     if args.fid:
-        result["fid"] = fid(args, torch.cat([pictures[prompt] for prompt in args.keep]), real)
+        fake = torch.cat([pictures[prompt] for prompt in args.keep])
+        result["fid"] = fid(args, fake, part_g.pictures)
     return result
 
 
@@ -988,8 +965,8 @@ def measure_forgotten(args, judge, verdicts, real):
     return {
         "cr": 100 * num_right / len(confidence),
         "cr_interval": [100 * low, 100 * high],
-        "unsure": 100 * (confidence < common.SURE).float().mean().item(),
-        "noise": 100 * torch.cat(is_noise).float().mean().item(),
+        "unsure": common.percent(confidence < common.SURE),
+        "noise": common.percent(torch.cat(is_noise)),
         "class_counts": dict(sorted(counts.items())),
     }
 
@@ -1012,7 +989,7 @@ def fid(args, fake, real):
 def attack(args, model, judge, part_f, real):
     """Relearn from a few images of D_f and measure again: {number of images: measures}.
 
-    real  (N, 3, H, W) pictures of D_g
+    real  Verdict on pictures of D_g
     """
     result = {}
     weights = [weight.detach().clone() for weight in model.weights]
@@ -1023,7 +1000,7 @@ def attack(args, model, judge, part_f, real):
         for i, prompt in enumerate(args.forget):
             pictures = draw_pictures(args, model.pipe, model.texts, prompt, args.n, i)
             verdicts[prompt] = judge.verdict(pictures)
-        result[k] = measure_forgotten(args, judge, verdicts, judge.verdict(real))
+        result[k] = measure_forgotten(args, judge, verdicts, real)
         print(f"relearned from {k}: CR {result[k]['cr']:.1f}, unsure {result[k]['unsure']:.1f} %")
         put_weights(model, weights)
     return result
@@ -1157,14 +1134,6 @@ def ignore_weights_of_unet(folder, names):
     return [name for name in names if name in (".git", ".cache")]
 
 
-def write_log(path, losses, skipped):
-    """Write L_g and L_f of each step, losses (steps, 2), as lines of JSON; see 03."""
-    with common.path_in_errors(path), path.open("w") as log:
-        for i, (loss_g, loss_f) in enumerate(losses.tolist()):
-            line = {"step": i + 1, "loss_g": loss_g, "loss_f": loss_f, "skipped": i + 1 in skipped}
-            log.write(common.json_line(line))
-
-
 # ---- the story -----------------------------------------------------------------------------------
 
 
@@ -1209,16 +1178,17 @@ def main(argv=None):
         pipe.to(args.device)
 
         # ---- outputs
-        write_log(out / "log.jsonl", losses, model.skipped)
+        common.write_losses(out / "log.jsonl", losses, model.skipped)
         save_weights(out / "weights.safetensors", model)
         after = draw_all(args, model, counts, "after")
         result = {"method": args.method, "forget": args.forget, "keep": args.keep, "n": args.n}
         result["skipped_steps"] = len(model.skipped)
         if judge is not None:
-            result["before"] = measure(args, judge, before, part_g.pictures)
-            result["after"] = measure(args, judge, after, part_g.pictures)
+            real = judge.verdict(part_g.pictures)
+            result["before"] = measure(args, judge, before, part_g, real)
+            result["after"] = measure(args, judge, after, part_g, real)
             print_measures(result["before"], result["after"])
-            result["relearn"] = attack(args, model, judge, part_f, part_g.pictures)
+            result["relearn"] = attack(args, model, judge, part_f, real)
         result["seconds"] = time.time() - start
         result["args"] = vars(args)
         common.write_json(out / "result.json", result)

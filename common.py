@@ -25,9 +25,10 @@ Contents
     10  Training               EMA, Muon, set_lr, batch_parts, guarded_step, CtrlC,
                                restore_training, autocast
     11  Processes              ranks, wait_for_all_processes, share_work
-    12  Checkpoints, folders   whole_file, save_checkpoint, write_json, load_checkpoint, load_net,
-                               find_base, find_runs, run_command, run_name, fingerprint,
-                               refuse_other_result, locked, fresh_folder, remove_leftovers
+    12  Checkpoints, folders   whole_file, save_checkpoint, write_json, write_losses,
+                               load_checkpoint, load_net, find_base, find_runs, run_command,
+                               run_name, fingerprint, refuse_other_result, locked,
+                               fresh_folder, remove_leftovers
     13  The judge on disk      judge_path, train_judge, load_judge
     14  Pictures               pyplot, draw_picture, save_figure, plain_text, short_name, tile
     15  Command line           exit_with_error, warn, say, Parser, number, parser, finish_args,
@@ -66,6 +67,7 @@ import copy
 import errno
 import gzip
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -2993,6 +2995,18 @@ def json_line(content):
     return json.dumps(without_nan(content), allow_nan=False) + "\n"
 
 
+def write_losses(path, losses, skipped):
+    """Write L_g and L_f of each step, losses (steps, 2), as lines of JSON.
+
+    skipped  numbers of the steps that were left out, because their gradient was not finite
+    """
+    with path_in_errors(path), path.open("w") as log:
+        for i, (loss_g, loss_f) in enumerate(losses.tolist()):
+            line = {"step": i + 1, "loss_g": loss_g, "loss_f": loss_f}
+            line["skipped"] = i + 1 in skipped
+            log.write(json_line(line))
+
+
 def without_nan(content):
     """Return a copy of dicts, lists and tuples in which NaN and the infinities are None.
 
@@ -4067,6 +4081,45 @@ def refuse_unused(p, args, unused, why):
         if getattr(args, name) != p.get_default(name):
             flag = "--" + name.replace("_", "-")
             exit_with_error(f"{flag} has no meaning {why}; leave it out")
+
+
+def refuse_other_methods(args, belongs_to):
+    """Exit with one line if a flag was given that has no part in args.method.
+
+    belongs_to  {name of a flag: the methods that have it}
+
+    Call it before the defaults are filled in: a flag that is None was not given.
+    """
+    for flag, methods in belongs_to.items():
+        if getattr(args, flag) is not None and args.method not in methods:
+            exit_with_error(
+                f"--{flag.replace('_', '-')} has no part in --method {args.method}; "
+                f"it belongs to --method {' | '.join(methods)}"
+            )
+
+
+def add_fid(p):
+    """Add --fid and --inception-weights to a Parser."""
+    p.add_argument("--fid", action="store_true", help="also the standard FID; needs torch-fidelity")
+    p.add_argument(
+        "--inception-weights",
+        metavar="PATH",
+        help="--fid without network: the file of Inception's weights, which you trust",
+    )
+
+
+def refuse_missing_fid(args):
+    """Exit with one line if --fid lacks something: the sampling before it can take hours."""
+    if args.fid and not importlib.util.find_spec("torch_fidelity"):
+        exit_with_error(
+            "--fid needs one package more: pip install torch-fidelity "
+            "(or drop --fid: FD needs nothing)"
+        )
+    if args.inception_weights and not Path(args.inception_weights).is_file():
+        exit_with_error(
+            f"--inception-weights {args.inception_weights} not found; "
+            "drop the flag and torch-fidelity downloads the file"
+        )
 
 
 def add_overwrite(p):

@@ -17,8 +17,6 @@ import shlex
 import statistics
 from pathlib import Path
 
-import torch
-
 import common
 
 FORGET = "a photo of a three"
@@ -132,7 +130,7 @@ def execute(folder, flags):
         name = hashlib.sha256(key.encode()).hexdigest()[:16]
         kept = folder.parent / f"t2i-before-{name}.pt"
         if kept.exists():
-            return torch.load(kept, weights_only=True)
+            return common.read_torch_file(kept)
         pictures = draw(args, model, counts, label)
         common.save_checkpoint(kept, **pictures)
         return pictures

@@ -339,26 +339,25 @@ class Model:
     start: float = field(default_factory=time.time)  # of the run; --resume sets it back
 
 
-def find_sources(args, train_set):
+def find_sources(base, train_set):
     """Return what a run is made from besides its flags: {"base": ..., "data": ...}.
 
-    Both are names of a content: of the Standard model's file, or None without one, and of the
+    Both are names of a content: of the Standard model `base`, or None without one, and of the
     training Dataset.
     """
-    path, _ = common.find_base(args)
-    digest = common.file_digest(path) if path.is_file() else None
+    digest = common.weights_digest(base) if base is not None else None
     return {"base": digest, "data": common.data_key(train_set)}
 
 
-def make_model(args, shape, made_from, start):
+def make_model(args, base, shape, made_from, start):
     """Make a network for images of shape (C, H, W), and what trains it: a Model.
 
+    base       the Standard model, or None
     made_from  what find_sources returns
     start      when the run began, in seconds
 
     The network starts as a copy of the Standard model, or with random weights (--from-scratch).
     """
-    base = load_base(args, shape)  # <-- 03
     print_settings(args, base)
     net = copy_or_fresh(args, base).to(args.device)  # <-- 03
     print(f"model: {common.describe_network(net, shape)}")
@@ -1232,11 +1231,12 @@ def main(argv=None):
     path = folder.with_name(f"{folder.name}.resume.pt")
     stopped = common.going_on_with(f"{args.command} --resume", path)
     with common.locked(folder), stopped:  # two runs must not write one folder
-        made_from = find_sources(args, train_set)
+        base = load_base(args, data.images.shape[1:])  # <-- 03
+        made_from = find_sources(base, train_set)
         check_resume(args, path, folder, made_from)
 
         # ---- model: a copy of the Standard model, which stays as obt-rel's reference  # <-- 03
-        model = make_model(args, data.images.shape[1:], made_from, start)
+        model = make_model(args, base, data.images.shape[1:], made_from, start)
         warn_of_base(args, model, train_set)
         judge = common.load_judge(args, train_set, data.forget_names)
         if args.resume:  # after the judge, whose network draws random numbers when it is made

@@ -3366,6 +3366,16 @@ def fingerprint(*tensors):
     return digest.hexdigest()[:16]
 
 
+def weights_digest(net):
+    """Return a name for a UNet: other weights, another name. What else its file says has no part.
+
+    The arch belongs to it: with another sd the same weights are another network.
+    """
+    weights = [weight.detach().cpu().numpy().tobytes() for weight in net.parameters()]
+    arch = repr(sorted(net.arch.items())).encode()
+    return hashlib.sha256(b"".join([arch, *weights])).hexdigest()[:12]
+
+
 def data_key(data):
     """Return a number for the content of a Dataset; see warn_of_other_data."""
     return zlib.crc32(data.labels.numpy(), _checksum(data.images.numpy()))

@@ -34,7 +34,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
-import hashlib
 import json
 import math
 import statistics
@@ -136,16 +135,6 @@ def arguments(argv):
 
 
 # ---- what make_tables.py uses too ----------------------------------------------------------------
-
-
-def weights_digest(net):
-    """Return a name for a network, for the files that are kept of it on disk.
-
-    The arch belongs to it: with another sd the same weights are another network.
-    """
-    weights = [weight.detach().cpu().numpy().tobytes() for weight in net.parameters()]
-    arch = repr(sorted(net.arch.items())).encode()
-    return hashlib.sha256(b"".join([arch, *weights])).hexdigest()[:12]
 
 
 def write_json(path, content):
@@ -400,7 +389,7 @@ def draw(args, net, name, sampler, seed, shape, chunk_size=125):
     sides = "x".join(map(str, shape))
     device = torch.device(args.device).type
     version = f"v{common.SAMPLER_VERSION}"
-    name_of_folder = f"samplers-{weights_digest(net)}-{sides}-{device}-{version}"
+    name_of_folder = f"samplers-{common.weights_digest(net)}-{sides}-{device}-{version}"
     folder = common.make_folder(Path(args.out) / args.dataset / name_of_folder)
     num_chunks = math.ceil(args.n / chunk_size)
 

@@ -68,7 +68,7 @@ import torch
 # Python looks for modules beside this file, where benchmark.py is; common.py is one folder higher.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import t2i_table
-from benchmark import read_kept_images, weights_digest, write_json
+from benchmark import read_kept_images, write_json
 
 import common
 
@@ -297,7 +297,7 @@ def save_time():
         # All that the samples depend on: under --quick, for instance, a batch is another one.
         options = {key: value for key, value in more.items() if key != "label"}
         settings = repr((tuple(shape), sorted(options.items()))).encode()
-        digest = f"{weights_digest(net)}-{hashlib.sha256(settings).hexdigest()[:8]}"
+        digest = f"{common.weights_digest(net)}-{hashlib.sha256(settings).hexdigest()[:8]}"
         name = f"before-{digest}-{type(sde).__name__}-{n}-{seed}-{nfe}.pt"
         path = PLACES.runs / name
         images = read_kept_images(path)
@@ -781,21 +781,17 @@ def network(name):
 
 def load_standard():
     """Load the Standard model with which all runs of 03 begin."""
-    return common.load_net(*common.find_base(standard_args()))
-
-
-def standard_args():
-    """Return the arguments by which common.find_base finds that model."""
-    return argparse.Namespace(
+    # The arguments by which common.find_base finds it.
+    args = argparse.Namespace(
         dataset="mnist", data_dir=None, out=PLACES.runs, device="cpu", quick=False
     )
+    return common.load_net(*common.find_base(args))
 
 
 def measured_model(name):
     """Return what says which model has a name: the command of its run, or Standard's digest."""
     if name == "standard":
-        path, _ = common.find_base(standard_args())
-        return common.file_digest(path)[:12]
+        return common.weights_digest(load_standard())
     return load().get(name, {}).get("command")
 
 

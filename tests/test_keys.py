@@ -5,7 +5,6 @@ import json
 import runpy
 from typing import NamedTuple
 
-import benchmark
 import numpy as np
 import pytest
 import torch
@@ -94,8 +93,33 @@ def test_the_features_for_fid_are_those_of_these_images(tmp_path):
 def test_the_same_weights_with_another_sd_are_another_network():
     nets = [common.UNet(width=8, sd=sd) for sd in (0.5, 0.6)]
     nets[1].load_state_dict(nets[0].state_dict())
-    digests = [benchmark.weights_digest(net) for net in nets]
+    digests = [common.weights_digest(net) for net in nets]
     assert digests[0] != digests[1]
+
+
+def test_the_flags_of_its_training_are_no_part_of_a_models_name(tmp_path):
+    """A base that was made with another --out is the same to 03's runs and 04's kept results."""
+    content = torch.load(ROOT / "data/mnist_base.pt", weights_only=True)
+    content["args"] = {**content["args"], "out": "elsewhere"}
+    common.save_checkpoint(tmp_path / "other.pt", **content)
+
+    load_model = load_script("04")["load_model"]
+    find_sources = load_script("03")["find_sources"]
+    args = argparse.Namespace(device="cpu")
+    images = torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
+    data = common.Dataset(images, torch.arange(2), ["a", "b"])
+    names = set()
+    for path in (ROOT / "data/mnist_base.pt", tmp_path / "other.pt"):
+        model = load_model(args, "m", path, "", {}, (1, 28, 28))
+        names |= {model.digest, find_sources(model.net, data)["base"]}
+    assert len(names) == 1
+
+
+def test_no_shipped_model_names_a_folder_of_a_machine():
+    for path in sorted((ROOT / "data").glob("*.pt")):
+        flags = torch.load(path, weights_only=True).get("args", {})
+        folders = [value for value in flags.values() if str(value).startswith(("/", "~"))]
+        assert not folders, f"{path.name}: {folders}"
 
 
 # ---- models of other images ----------------------------------------------------------------------

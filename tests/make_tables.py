@@ -912,23 +912,43 @@ def paper_flags(method, alpha, retain):
 
 
 def choose_paper_alpha(method, retain, **how):
-    """Walk over PAPER_ALPHAS with 500 steps each, and return the best alpha, or None.
+    """Walk down PAPER_ALPHAS with 500 steps each, and return the best alpha, or None.
 
     A run keeps D_g if the NLL of D_g rises by at most 1.1 bits/dim over the Standard model's. It
     also forgets, in the paper's sense, if the NLL of D_f rises by at least 5. Of the runs that do
     both, the best one has the least FD. If none does both, it is the one that raises the NLL of D_f
     most among those that keep D_g. If none keeps D_g, it is the one that raises the NLL of D_g
     least. None is returned while runs are missing.
+
+    The walk ends after the second run that does both, or that has lost D_g: a smaller alpha only
+    pushes harder.
     """
+    standard = load().get("paper/standard")
     found = {}
     for alpha in PAPER_ALPHAS:
         flags = paper_flags(method, alpha, retain)
         name = f"walk/{method}/{retain}/{alpha}"
         found[alpha] = run_paper(name, method, *flags, steps=500, **how)
-    standard = load().get("paper/standard")
+        if standard and None not in found.values() and walk_is_over(found, standard):
+            break
     if standard is None or None in found.values():
         return None
     return best_paper_alpha(found, standard)
+
+
+def rises(result, standard):
+    """Return by how much the NLL of D_g and that of D_f have risen, bits/dim."""
+    return [result[key] - standard[key] for key in ("bpd_g", "bpd_f")]
+
+
+def walk_is_over(found, standard):
+    """Tell whether two runs of {alpha: result} did both, or lost D_g, as choose_paper_alpha says.
+
+    A training that broke down, without a number, has lost D_g.
+    """
+    rise = [rises(result, standard) for result in found.values()]
+    ends = [not (g <= 1.1 and f < 5) for g, f in rise]
+    return sum(ends) >= 2
 
 
 def best_paper_alpha(found, standard):
@@ -936,9 +956,7 @@ def best_paper_alpha(found, standard):
 
     Results without a number, after a training that broke down, are not chosen.
     """
-    rise = {}  # alpha -> by how much the NLL of D_g and that of D_f have risen
-    for alpha, result in found.items():
-        rise[alpha] = [result[key] - standard[key] for key in ("bpd_g", "bpd_f")]
+    rise = {alpha: rises(result, standard) for alpha, result in found.items()}
     sound = [alpha for alpha in found if all(map(math.isfinite, rise[alpha]))]
     keeping = [alpha for alpha in sound if rise[alpha][0] <= 1.1]
     forgetting = [alpha for alpha in keeping if rise[alpha][1] >= 5]

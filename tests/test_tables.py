@@ -381,7 +381,7 @@ def paper_world(maker):
     def run(name, *argv, figures=None, quick=False, dry=False):
         asked[name] = [str(value) for value in argv]
         alpha = float(value_of(asked[name], "--alpha")) if "--alpha" in argv else 1.0
-        return paper_result(0, 6, abs(alpha - 0.9))
+        return paper_result(0, 6 if alpha < 0.99 else 1, abs(alpha - 0.9))
 
     def run_standard(name, steps, sde, figures, **how):
         asked[name] = ["--sde", sde, "--steps", str(steps)]
@@ -414,8 +414,28 @@ def test_the_paper_group_runs_every_row_with_the_alpha_of_its_walk(paper_world):
 def test_the_walk_takes_500_steps_a_point(paper_world):
     asked, maker = paper_world
     maker["group_paper"](("walk",))
-    assert len(asked) == 2 * 2 * len(maker["PAPER_ALPHAS"])
     assert {value_of(argv, "--steps") for argv in asked.values()} == {"500"}
+
+
+def test_the_walk_goes_one_point_beyond_the_first_that_forgets(paper_world):
+    """In this world 0.99 does not forget and all others do; 0.7 and 0.5 would only push harder."""
+    asked, maker = paper_world
+    maker["group_paper"](("walk",))
+    assert {value_of(argv, "--alpha") for argv in asked.values()} == {"0.99", "0.95", "0.9"}
+    assert len(asked) == 3 * 2 * 2
+
+
+@pytest.mark.parametrize(
+    "found, is_over",
+    [
+        ([paper_result(0, 1, 1), paper_result(0, 2, 1)], False),
+        ([paper_result(0, 6, 1)], False),
+        ([paper_result(0, 6, 1), paper_result(2, 9, 1)], True),
+        ([paper_result(2, 1, 1), paper_result(math.nan, math.nan, 1)], True),
+    ],
+)
+def test_the_walk_is_over_after_two_runs_that_forget_or_have_lost_d_g(maker, found, is_over):
+    assert maker["walk_is_over"](dict(enumerate(found)), STANDARD_BITS) == is_over
 
 
 def test_from_scratch_has_10000_steps_and_score_matching(paper_world):

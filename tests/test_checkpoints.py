@@ -166,6 +166,16 @@ def test_a_run_without_a_method_is_refused(tmp_path, base, args):
     check_refusal(run, "ort-vp/model.pt", "03_unlearn.py")
 
 
+@pytest.mark.parametrize("forgotten", [3, [3], "3", {"3": 1}])
+def test_a_run_whose_forgotten_classes_are_no_names_is_refused(tmp_path, base, forgotten):
+    folder = quick(tmp_path) / "mnist/forget-3/ort-vp"
+    folder.mkdir(parents=True)
+    args = {"method": "ort", "forget": forgotten}
+    common.save_checkpoint(folder / "model.pt", **base, args=args)
+    run = run_script("04", *QUICK, "--forget", 3, "--out", tmp_path)
+    check_refusal(run, "ort-vp/model.pt", "which classes", "03_unlearn.py")
+
+
 NO_BASE = {
     "no arch": {"arch": None},
     "no weights": {"ema": None},

@@ -3233,6 +3233,10 @@ def find_runs(args, forget_names):
             exit_with_error(f"{path} does not say by which method; make it again with: {command}")
         forgotten = run_args.get("forget") or forget_names
         dataset = run_args.get("dataset") or args.dataset
+        if not isinstance(forgotten, list) or not all(isinstance(x, str) for x in forgotten):
+            exit_with_error(
+                f"{path} does not say which classes were forgotten; make it again with: {command}"
+            )
         if set(forgotten) != set(forget_names) or dataset != args.dataset:
             names = " ".join(forgotten)
             warn(f"left out: {path.parent} is a run of {dataset}, forget {names}")

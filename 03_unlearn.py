@@ -59,8 +59,8 @@ import torch
 
 import common
 
-# Each method with its own defaults, by name of the flag. They are where to start on MNIST. README's
-# "common footing" has the weights that a search found.
+# Each method with its own defaults, by name of the flag. They are where to start on MNIST. The
+# weights that a search found are in docs/results.md, "Every method on a common footing".
 METHODS = {  # <-- 03
     # kappa says the same as alpha, but it does not depend on how much is forgotten: see set_alpha.
     "obt-rel": {"kappa": 2.8, "lr": 1e-3, "retain": "distill"},

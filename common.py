@@ -1,6 +1,6 @@
 """What the numbered scripts share: score-based generative models, and how to make one forget.
 
-The method is MSGM, "Moderating the Generalization of Score-based Generative Models" (ICCV 2025,
+The method is MSGM, "Moderating the Generalization of Score-based Generative Model" (ICCV 2025,
 arXiv 2412.07229). Losses, samplers, likelihood and measures take plain tensors, an SDE and a
 network, so each can be lifted into another project together with the few names that it calls.
 

@@ -1,4 +1,4 @@
-"""Make every number of README's method tables, and the trade-off figure, with one command.
+"""Make every number of the method tables in docs/results.md, and their figures, by one command.
 
     python tests/make_tables.py                    # all groups: hours on 2 CPU cores
     python tests/make_tables.py --only vp          # one group; --help names all of them
@@ -1053,7 +1053,7 @@ def group_paper(methods=tuple(PAPER_ROWS), **how):
 
 
 def chosen_runs():
-    """Yield the names of the runs in the README's tables that can tell what stands instead."""
+    """Yield the names of the runs in the tables above that can tell what stands instead."""
     table = load()
     for method in WEIGHTS:
         choice = choose(method, dry="look")
@@ -1070,7 +1070,7 @@ def chosen_runs():
 
 
 def group_instead(quick=False, dry=False):
-    """Make the runs of the README's tables again: what stands where the Standard model drew a 3."""
+    """Make the runs of the tables above again: what stands where the Standard model drew a 3."""
     for name in chosen_runs():
         known = load().get(name)
         # 02's own, the row scratch/standard, is in group paper with more steps.
@@ -1132,8 +1132,8 @@ def run_lines(rows):
     yield "|---|---|---|---|---|---|---|"
     for name, result in rows.items():
         low, high = result["ur_interval"]
-        ur = f"{result['ur_before']:.2f} > {result['ur_after']:.2f} ({low:.1f}-{high:.1f})"
-        fd = f"{result['fd_before']:.2f} > {result['fd_after']:.2f}"
+        ur = f"{result['ur_before']:.2f} to {result['ur_after']:.2f} ({low:.1f}-{high:.1f})"
+        fd = f"{result['fd_before']:.2f} to {result['fd_after']:.2f}"
         ratio = result["fd_after"] / result["fd_before"]
         kept = f"{result['class_min_ratio']:.2f} | {result['low_confidence_after']:.1f}"
         # scratch/standard has no time: 02 may have been stopped and resumed.

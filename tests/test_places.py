@@ -245,13 +245,14 @@ def test_two_spellings_of_one_command_are_the_same_run(tmp_path, first, second):
 
 
 def readme_commands(number):
-    """The arguments of each command of one script that stands on lines of its own in README."""
-    lines = (ROOT / "README.md").read_text().replace("\\\n", " ").splitlines()
+    """The arguments of each command of one script that stands on lines of its own on the pages."""
+    text = "".join((ROOT / page).read_text() for page in ("README.md", "docs/results.md"))
+    lines = text.replace("\\\n", " ").splitlines()
     words = [shlex.split(line, comments=True) for line in lines if line.startswith("python ")]
     return [argv[2:] for argv in words if argv[1] == SCRIPTS[number].name]
 
 
-def test_no_command_of_readme_replaces_the_result_of_another(tmp_path):
+def test_no_command_of_the_pages_replaces_the_result_of_another(tmp_path):
     """Two with one folder have the same settings."""
     settings = {}
     unlearn = load_script("03")

@@ -1,0 +1,386 @@
+"""Write the tables of README.md and docs/ from the files in assets/, so that no cell is typed.
+
+    python tests/page_tables.py relearn    # print one table
+    python tests/page_tables.py --write    # write every table anew into its page
+
+On a page, each such table stands directly below a comment with the command that prints it:
+
+    <!-- python tests/page_tables.py relearn -->
+
+tests/test_readme.py fails when a page and a file in assets/ disagree. Then --write mends the page.
+"""
+
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    # The imports take seconds. Until common.run listens, Ctrl-C ends the program without a word.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import argparse
+import json
+import re
+import sys
+from functools import partial
+from pathlib import Path
+
+# Python looks for modules beside this file; common.py is one folder higher.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import make_tables
+import t2i_table
+
+import common
+
+ASSETS = common.HERE / "assets"
+PAGES = ("README.md", "docs/results.md", "docs/course.md")
+# The comment, and the lines of the table below it.
+MARKED_TABLE = re.compile(r"(<!-- python tests/page_tables\.py (\S+) -->\n)((?:\|.*\n)*)")
+
+
+def read(name):
+    """Return the content of a JSON file in assets/."""
+    return json.loads(common.read_text(ASSETS / name))
+
+
+def markdown(header, rows):
+    """Yield a table: a list of titles, and lists of cells as long as that."""
+    for cells in (header, ["---"] * len(header), *rows):
+        yield f"| {' | '.join(cells)} |"
+
+
+def interval(low_and_high, digits=1):
+    """Write an interval, e.g. [0.2, 0.9]."""
+    low, high = low_and_high
+    return f"[{low:.{digits}f}, {high:.{digits}f}]"
+
+
+# ---- unlearning ----------------------------------------------------------------------------------
+
+# The poster's Table 1, MNIST: UR in % when 3, 7, or both are forgotten.
+POSTER = {
+    "standard": (11.0, 15.8, 26.8),
+    "ort": (0.4, 0.8, 1.2),
+    "obt": (1.5, 3.6, 5.1),
+    "unseen": (1.8, 2.3, 4.1),
+    "erasediff": (1.4, 1.1, 2.5),
+}
+FORGET_SETS = ("3", "7", "3-7")
+
+
+def headline():
+    """Yield README's table: the runs of group ve, beside the poster's figures."""
+    rows = group_rows("ve")
+    titles = ["3: UR, FD", "7: UR, FD", "3 and 7: UR, FD"]
+    header = ["method", "weight", *titles, "poster's UR: 3", "7", "3 and 7"]
+    cells = []
+    first = [rows[f"{forget}/{make_tables.ve_labels()[0]}"] for forget in FORGET_SETS]
+    before = [f"{result['ur_before']:.2f}, {result['fd_before']:.2f}" for result in first]
+    cells.append(["Standard", "", *before, *poster_cells("standard")])
+    methods = set()
+    for label in make_tables.ve_labels():
+        method, weight, *steps = label.split("/")
+        if method in methods and not steps:
+            continue  # the next stronger weight: docs/results.md has it
+        methods.add(method)
+        flag = make_tables.WEIGHTS[method].flag
+        chosen = f"`{flag} {weight}`" if flag else ""
+        name = f"{method}, {steps[0]} steps" if steps else method
+        runs = [rows[f"{forget}/{label}"] for forget in FORGET_SETS]
+        ours = [f"{result['ur_after']:.2f}, x{make_tables.point(result)[1]:.2f}" for result in runs]
+        cells.append([name, chosen, *ours, *poster_cells(method)])
+    return markdown(header, cells)
+
+
+def poster_cells(method):
+    """Return the poster's three figures of a method, or three empty cells."""
+    return [str(value) for value in POSTER.get(method, ("", "", ""))]
+
+
+def group_rows(name):
+    """Return the runs of one group of make_tables.py, {name without the group: result}."""
+    prefix = f"{name}/"
+    table = make_tables.load()
+    return {key.removeprefix(prefix): table[key] for key in table if key.startswith(prefix)}
+
+
+def group(name):
+    """Yield the table of one group of make_tables.py."""
+    return make_tables.GROUPS[name].lines(group_rows(name))
+
+
+def footing():
+    """Yield the table under the trade-off figure."""
+    return make_tables.summary_lines(make_tables.load())
+
+
+def unlearn():
+    """Yield the runs of 03 that are kept one by one."""
+    header = ["command", "UR, %", "FD to the digits to keep", "unsure, %", "class_min_ratio"]
+    rows = []
+    for command, run in read("unlearn.json").items():
+        ratio = run["fd_after"] / run["fd_before"]
+        rows.append([
+            f"`{command}`",
+            f"{run['ur_before']:.2f} to {run['ur_after']:.2f} {interval(run['ur_interval'])}",
+            f"{run['fd_before']:.2f} to {run['fd_after']:.2f} (x{ratio:.2f})",
+            f"{run['low_confidence_before']:.1f} to {run['low_confidence_after']:.1f}",
+            f"{run['class_min_ratio']:.2f}",
+        ])
+    return markdown(header, rows)
+
+
+# ---- evaluation ----------------------------------------------------------------------------------
+
+
+def evaluated():
+    """Yield what 04 measured on five models and on real images."""
+    kept = read("relearn.json")
+    rows = []
+    for row in [*kept["rows"], kept["real"]]:
+        if row.get("k", 0) == 0:
+            rows.append(evaluated_row(row))
+    header = ["model", "UR, %", "FD", "unsure, %", "class_min_ratio", "density, coverage"]
+    header += ["NLL of D_g, bits/dim", "of D_f", "bound: D_g, D_f"]
+    return markdown(header, rows)
+
+
+def evaluated_row(row):
+    """Return the cells of one model, or of the real images, which have no likelihood."""
+    nll = ["", "", ""]
+    if "ode_bits_g" in row:
+        nll = [f"{row[key]['mean']:.3f} ± {row[key]['se']:.3f}" for key in ODE_KEYS]
+        nll.append(", ".join(f"{row[key]['mean']:.3f}" for key in BOUND_KEYS))
+    return [
+        row["model"],
+        f"{row['ur']:.2f} {interval(row['ur_interval'])}",
+        f"{row['fd']:.2f}",
+        f"{row['low_confidence']:.1f}",
+        f"{row['class_min_ratio']:.2f}",
+        f"{row['density']:.2f}, {row['coverage']:.2f}",
+        *nll,
+    ]
+
+
+ODE_KEYS = ("ode_bits_g", "ode_bits_f")
+BOUND_KEYS = ("bound_bits_g", "bound_bits_f")
+
+
+def relearn():
+    """Yield UR of each model after it has relearned from k images."""
+    cells = {}  # {model: one cell for each k}
+    for row in read("relearn.json")["rows"]:
+        cell = f"{row['ur']:.2f} {interval(row['ur_interval'])}"
+        cells.setdefault(row["model"], []).append(cell)
+    counts = [str(row["k"]) for row in read("relearn.json")["rows"][: len(cells[row["model"]])]]
+    header = ["UR, %", "as it is", *[f"k = {k}" for k in counts[1:]]]
+    return markdown(header, [[model, *own] for model, own in cells.items()])
+
+
+def downstream():
+    """Yield the share of restored images that the judge still calls what they were."""
+    kept = read("downstream.json")
+    hole = kept["inpaint-half"]["results"]["repaint"]
+    levels = kept["reconstruct"]["results"]
+    header = ["model", "half hidden: D_f", "D_g", "FD, D_g", "PSNR, SSIM of the hole, D_g"]
+    header += ["sigma 1.4: D_f", "D_g", "FD, D_g", "encode-decode: D_f, D_g"]
+    rows = []
+    for model, parts in hole.items():
+        g = parts["D_g"]
+        quality = f"{g['psnr_hole']:.1f}, {g['ssim_hole']:.2f}"
+        if model == "clean":
+            quality = ""
+        latent = levels["latent"][model]
+        rows.append([
+            model,
+            *accuracy_cells(parts),
+            quality,
+            *accuracy_cells(levels["sigma 1.4"][model]),
+            f"{latent['D_f']['accuracy']:.1f}, {latent['D_g']['accuracy']:.1f}",
+        ])
+    return markdown(header, rows)
+
+
+def accuracy_cells(parts):
+    """Return accuracy on D_f, accuracy on D_g, and FD on D_g."""
+    cells = [f"{parts[k]['accuracy']:.1f} {interval(parts[k]['interval'], 0)}" for k in AREAS]
+    return [*cells, f"{parts['D_g']['fd']:.2f}"]
+
+
+AREAS = ("D_f", "D_g")
+
+
+# ---- speed and samplers --------------------------------------------------------------------------
+
+
+def speed():
+    """Yield what the short cuts save."""
+    kept = read("speed.json")
+    seconds = kept["sampler"]["seconds"]
+    ours = seconds[kept["sampler"]["chosen"]]
+    nfe = kept["sampler"]["nfe"]
+    likelihood = {key: min(values) for key, values in kept["likelihood"]["seconds"].items()}
+    training = kept["training"]
+    rate = training["gflop"] / training["seconds"]
+    num_images = kept["sampler"]["images"]
+    rows = [
+        [
+            f"likelihood, {kept['likelihood']['images']} images",
+            f"RK45, {kept['likelihood']['score_sde_calls']} calls, {likelihood['score_sde']:.1f} s",
+            f"RK4, {kept['likelihood']['evaluations']} calls, {likelihood['ours']:.1f} s",
+            f"{kept['likelihood_speedup']:.1f} x",
+            f"{kept['likelihood_abs_diff']:.4f} bits/dim",
+        ],
+        sampler_row(kept, num_images, "pc", "predictor-corrector", "", ours, nfe),
+        sampler_row(kept, num_images, *EULER, ours, nfe),
+        [
+            "training step, 64 images",
+            f"best matrix product, {rate / kept['gemm_share']:.0f} GFLOP/s",
+            f"{rate:.0f} GFLOP/s, {training['seconds']:.2f} s",
+            f"{100 * kept['gemm_share']:.0f} %",
+            "",
+        ],
+    ]
+    return markdown(["what", "the usual recipe", "here", "ratio", "difference"], rows)
+
+
+EULER = ("euler-maruyama", "Euler-Maruyama", "_euler_maruyama")
+
+
+def sampler_row(kept, num_images, name, title, suffix, ours, nfe):
+    """Return one line of `speed`: a slow sampler against the chosen one."""
+    fd_slow = kept[f"sampler_fd_{name.replace('-', '_')}"]
+    return [
+        f"{num_images} samples",
+        f"{title}, {kept['sampler']['seconds'][name]:.0f} s",
+        f"`{kept['sampler']['chosen']}`, {nfe} evaluations, {ours:.1f} s",
+        f"{kept[f'sampler_speedup{suffix}']:.0f} x",
+        f"FD {kept['sampler_fd_fast']:.2f}, there {fd_slow:.2f}",
+    ]
+
+
+SAMPLERS = {
+    "heun": "ODE, Heun in sigma (9, 15, 19, 29)",
+    "edm": "EDM's own Heun, the same noise",
+    "dpm++2m": "DPM-Solver++(2M)",
+    "sde-dpm++2m": "the same, stochastic: our default",
+}
+SLOW_SAMPLERS = {
+    "euler-maruyama": "Euler-Maruyama: score_sde with VP",
+    "pc": "predictor-corrector, `langevin`: score_sde with VE",
+}
+
+
+def samplers():
+    """Yield FD by sampler and number of evaluations; two numbers are two seeds."""
+    kept = read("samplers.json")["samplers"]
+    rows = []
+    for kind, title in SAMPLERS.items():
+        own = [row["fd"] for name, row in kept.items() if name.rpartition("-")[0] == kind]
+        rows.append([title, *map(two_seeds, own), "", ""])
+    for name, title in SLOW_SAMPLERS.items():
+        cells = {1001: "", 2001: ""}
+        cells[kept[name]["nfe"]] = two_seeds(kept[name]["fd"])
+        rows.append([title, "", "", "", "", *cells.values()])
+    known = {*SLOW_SAMPLERS, *[name for name in kept if name.rpartition("-")[0] in SAMPLERS]}
+    for name, row in kept.items():  # a sampler that was added later
+        if name not in known:
+            rows.append([f"{name}, {row['nfe']} evaluations: {two_seeds(row['fd'])}", *[""] * 6])
+    return markdown(["sampler", "10", "15", "20", "30", "1001", "2001"], rows)
+
+
+def two_seeds(values):
+    """Write FD of each seed."""
+    return ", ".join(f"{value:.2f}" for value in values)
+
+
+# ---- text to image, toy --------------------------------------------------------------------------
+
+
+def t2i():
+    """Yield the table of 06."""
+    return t2i_table.lines(read("t2i.json"))
+
+
+TOY_NAMES = {"obt-rel": "Obt-rel", "obt": "Obt", "ort": "Ort"}
+
+
+def toy():
+    """Yield the table of 01, in the poster's unit; share is that of the samples at the middle."""
+    header = ["model", "exact D_g", "exact D_f", "share, %"]
+    header += ["learned D_g", "learned D_f", "share, %", "poster D_g, D_f"]
+    rows = []
+    for row in read("toy.json")["rows"]:
+        name = TOY_NAMES.get(row["method"], row["method"].capitalize())
+        if row["alpha"] is not None:
+            symbol = "w" if row["method"] == "ascent" else "alpha"
+            name += f", {symbol} {row['alpha']:g}"
+        poster = [number(row[f"poster_{k}"], 2) for k in "gf"]
+        cells = []
+        for kind in ("exact", "learned"):
+            cells += [number(row[f"{kind}_{k}"], 2) for k in "gf"]
+            cells.append(number(row[f"ur_{kind}"], 1))
+        rows.append([name, *cells, ", ".join(filter(None, poster))])
+    return markdown(header, rows)
+
+
+def number(value, digits):
+    """Write a number, or nothing where there is none."""
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+# ---- the pages -----------------------------------------------------------------------------------
+
+TABLES = {
+    "headline": headline,
+    "unlearn": unlearn,
+    "footing": footing,
+    "evaluated": evaluated,
+    "relearn": relearn,
+    "downstream": downstream,
+    "speed": speed,
+    "samplers": samplers,
+    "toy": toy,
+    "t2i": t2i,
+}
+for name in ("ve", "ddpm", "scratch", "nll", "noise", "paper", "instead", "angles"):
+    TABLES[name] = partial(group, name)
+
+
+def anew(text):
+    """Return the text of a page with every marked table made anew."""
+
+    def made(match):
+        comment, name, _ = match.groups()
+        if name not in TABLES:
+            common.exit_with_error(f"there is no table {name}; choose from: {', '.join(TABLES)}")
+        return comment + "".join(f"{line}\n" for line in TABLES[name]())
+
+    return MARKED_TABLE.sub(made, text)
+
+
+def arguments(argv):
+    """Read the command line."""
+    p = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("table", nargs="?", choices=list(TABLES), help="the table to print")
+    p.add_argument("--write", action="store_true", help="write all tables into their pages")
+    args = p.parse_args(argv)
+    if (args.table is None) != args.write:
+        common.exit_with_error(f"give --write, or one of the tables: {', '.join(TABLES)}")
+    return args
+
+
+def main(argv=None):
+    """Print one table, or write all of them into the pages."""
+    args = arguments(argv)
+    if args.table:
+        print(*TABLES[args.table](), sep="\n")
+        return
+    for page in PAGES:
+        path = common.HERE / page
+        text = common.read_text(path)
+        if anew(text) != text:
+            path.write_text(anew(text), "utf-8")
+            print(f"wrote {page}")
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -18,15 +18,16 @@ This is possible because one network serves every SDE (common.py, section 2), so
 the test. Standard is measured without the samples that count as D_f, the others on as many.
 
 Writes into out/<dataset>/forget-<names>/: table.md, table.json, samples.png and classes.png; with
---relearn also relearn.json and relearn.png. The folder kept/ in there holds what is finished, and a
-run that was stopped goes on from there. Delete kept/ to measure again. A table of other settings is
-replaced only with --overwrite.
+--relearn also relearn.json, relearn.png and relearned.png. The folder kept/ in there holds what is
+finished, and a run that was stopped goes on from there. Delete kept/ to measure again. A table of
+other settings is replaced only with --overwrite.
 
 Predict, then run:
   1. Which model gives the 3s of the test set the worst likelihood, and is it the one that draws
      the fewest?
   2. A method that answers every 3 with one and the same 8: which columns show it?   (classes.png)
-  3. Fine-tuned on one single 3, does a model draw 3s again, or that 3?              (--relearn 1)
+  3. Fine-tuned on one single 3, does a model draw 3s again, or that 3?
+     (--relearn 1, relearned.png)
 """
 
 import signal
@@ -716,6 +717,14 @@ def relearn(net, images, steps, batch, lr, seed):
     return tuned.requires_grad_(False).eval()
 
 
+class Attack(NamedTuple):
+    """One model that has relearned, for the picture."""
+
+    name: str  # of the model
+    shown: torch.Tensor  # (k, C, H, W) uint8, the images of D_f that it has relearned from
+    drawn: dict  # its samples afterwards, as `sample` returns them
+
+
 def attack(setup, models, rows, standard, images_f):
     """Let each model relearn from a few images of D_f; sample and measure it again.
 
@@ -723,15 +732,16 @@ def attack(setup, models, rows, standard, images_f):
     standard  the Standard model's samples
     images_f  (N, C, H, W) uint8, training images of D_f
 
-    Returns a list of rows: for each model one with k = 0, which is the model as it is, and one for
-    each number k of images. It is empty without --relearn. The Standard model, the first one, is
-    left out: it has forgotten nothing that it could relearn.
+    Returns a list of rows, and a list of Attack. The rows of a model are one with k = 0, which is
+    the model as it is, and one for each number k of images. Both lists are empty without --relearn.
+    The Standard model, the first one, is left out: it has forgotten nothing that it could relearn.
     """
     args = setup.args
     counts = relearn_counts(args)
     attacked = []
+    attacks = []
     if not counts:
-        return attacked
+        return attacked, attacks
     for model, row in zip(models[1:], rows[1:]):
         attacked.append({**row, "k": 0})
         for k in counts:
@@ -756,13 +766,14 @@ def attack(setup, models, rows, standard, images_f):
                 batch_size=args.batch_size,
                 lr=args.lr,
             )
+            attacks.append(Attack(model.name, shown, drawn))
             attacked.append({
                 "model": model.name,
                 "k": k,
                 "skipped_steps": drawn.get("skipped_steps"),
                 **measures(setup, drawn, standard),
             })
-    return attacked
+    return attacked, attacks
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -982,6 +993,41 @@ def plot_attack(path, rows, floor):
     common.save_figure(fig, path, dpi=110, bbox_inches="tight")
 
 
+def plot_relearned(path, attacks, forget, num_shown=4, num_drawn=12):
+    """Draw relearned.png: what each model has relearned from, and what it then draws of D_f.
+
+    attacks  list of Attack; a row for each
+    forget   indices of the classes of D_f
+
+    Left are the first of the images that it was shown, right the first of its samples that the
+    judge takes for D_f. Where there are fewer than fit in, the rest stays white.
+    """
+    plt = common.pyplot()
+    columns = num_shown + 1 + num_drawn  # one stays white, between the two
+    rows = []
+    for one in attacks:
+        is_forgotten = torch.isin(one.drawn["verdict"].labels, torch.tensor(forget))
+        drawn = one.drawn["images"][is_forgotten][:num_drawn]
+        row = torch.full((columns, *drawn.shape[1:]), 255, dtype=torch.uint8)
+        shown = one.shown[:num_shown]
+        row[: len(shown)] = shown
+        row[num_shown + 1 : num_shown + 1 + len(drawn)] = drawn
+        rows.append(row)
+
+    fig, ax = plt.subplots(figsize=(10, 0.62 * len(rows) + 0.5))
+    ax.imshow(common.tile(torch.cat(rows), columns))
+    height = rows[0].shape[2]
+    # The y axis counts pixels: a row's name stands at the middle of its images.
+    names = [f"{one.name}, k = {len(one.shown)}" for one in attacks]
+    ax.set_yticks([(i + 0.5) * height for i in range(len(rows))], names)
+    ax.set_xticks([])
+    ax.set_title(
+        f"left: of the k images relearned from; right: first {num_drawn} samples judged D_f",
+        fontsize=9,
+    )
+    common.save_figure(fig, path, dpi=110, bbox_inches="tight")
+
+
 # ---- the story -----------------------------------------------------------------------------------
 
 
@@ -993,7 +1039,10 @@ def write_attack(out, args, settings, real_row, attacked):
 
 
 # What is drawn of each file.
-PICTURES_OF = {"table.json": ("samples.png", "classes.png"), "relearn.json": ("relearn.png",)}
+PICTURES_OF = {
+    "table.json": ("samples.png", "classes.png"),
+    "relearn.json": ("relearn.png", "relearned.png"),
+}
 
 
 def move_files(source, target):
@@ -1123,7 +1172,7 @@ def evaluate(args, train, images, forget, nll_images, models, settings):
     if warning:
         text += f"\n{warning}\n"
     print(text)  # now, because an attack can take hours more
-    attacked = attack(setup, models, rows, standard, images.train_f)
+    attacked, attacks = attack(setup, models, rows, standard, images.train_f)
 
     # ---- outputs: all tables or none. The folder holds the runs of 03 too and is not replaced as a
     # whole. All files are written into another folder first, and moved when they are complete.
@@ -1143,6 +1192,7 @@ def evaluate(args, train, images, forget, nll_images, models, settings):
     draw(folder / "classes.png", plot_classes, *drawn)
     if attacked:
         draw(folder / "relearn.png", plot_attack, attacked, real_row["ur"])
+        draw(folder / "relearned.png", plot_relearned, attacks, forget)
 
 
 if __name__ == "__main__":

@@ -487,7 +487,7 @@ def rows(finished):
 
 def test_which_files_are_written(finished):
     names = {path.name for path in forget_folder(finished).iterdir() if path.is_file()}
-    assert names == FILES | {"relearn.json", "relearn.png"}
+    assert names == FILES | {"relearn.json", "relearn.png", "relearned.png"}
 
 
 def test_which_models_are_measured(rows):
@@ -605,6 +605,30 @@ def test_the_attack_changes_the_samples(finished):
         return torch.load(path, weights_only=True)["images"]
 
     assert not torch.equal(images("samples"), images("relearn-2"))
+
+
+def test_the_picture_shows_what_was_relearned_from_and_what_is_drawn_of_it(
+    evaluate, tmp_path, monkeypatch
+):
+    """Two images were shown; of five samples the second and the last are judged D_f."""
+    tiles = []
+
+    def tile(images, columns):
+        tiles.append(images)
+        return torch.zeros(4, columns)
+
+    monkeypatch.setattr(common, "tile", tile)
+    shown = torch.full((2, 1, 4, 4), 100, dtype=torch.uint8)
+    samples = torch.arange(5, dtype=torch.uint8)[:, None, None, None].expand(5, 1, 4, 4)
+    verdict = argparse.Namespace(labels=torch.tensor([1, 3, 0, 8, 3]))
+    drawn = {"images": samples, "verdict": verdict}
+    one = evaluate.Attack("obt-rel-vp", shown, drawn)
+    evaluate.plot_relearned(tmp_path / "relearned.png", [one], [3], num_shown=3, num_drawn=4)
+    (row,) = tiles
+    white = 255
+    want = [100, 100, white, white, 1, 4, white, white]
+    assert row[:, 0, 0, 0].tolist() == want
+    assert (tmp_path / "relearned.png").exists()
 
 
 # ---- kept results, interruptions -----------------------------------------------------------------

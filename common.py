@@ -3477,8 +3477,11 @@ def warn_of_other_data(path, made_of, data, command):
     )
 
 
-def make_folder(path):
-    """Create a folder and return its Path; exit with one line that says why it cannot be."""
+def make_folder(path, flag="--out"):
+    """Create a folder and return its Path; exit with one line that says why it cannot be.
+
+    flag  the one that names another folder, for the error message
+    """
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
         # An existing folder is no error for mkdir, even if nobody may write into it.
@@ -3486,7 +3489,7 @@ def make_folder(path):
             raise PermissionError("no permission to write")
     except OSError as error:
         exit_with_error(
-            f"cannot write to {path} ({error.strerror or error}); choose another folder with --out"
+            f"cannot write to {path} ({error.strerror or error}); choose another folder with {flag}"
         )
     return Path(path)
 

@@ -97,6 +97,11 @@ def prepared(pipeline, out, *more):
     return args, NAMES["make_model"](args, pipe, texts), part_g, part_f
 
 
+def change_config(path, **entries):
+    """Change entries of a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+
+
 def unet_weights(folder):
     """The weights of the U-Net of a saved pipeline, in float32."""
     from safetensors.torch import load_file
@@ -208,7 +213,26 @@ def test_the_saved_pipeline_differs_in_the_unet_alone(pipeline, finished):
     for path in pipeline.rglob("*"):
         if path.is_file() and path.parent.name != "unet":
             other = saved / path.relative_to(pipeline)
-            assert other.read_bytes() == path.read_bytes(), path
+            if path.name == "model_index.json":
+                assert read_json(other) == read_json(path)
+            else:
+                assert other.read_bytes() == path.read_bytes(), path
+
+
+def test_the_saved_pipeline_holds_its_parts_and_nothing_else(pipeline, finished, tmp_path):
+    """Beside the parts there may lie one file of the old weights, and parts that are missing."""
+    import diffusers
+
+    source = tmp_path / "source"
+    shutil.copytree(pipeline, source)
+    (source / "v1-4.ckpt").write_text("the old weights")
+    change_config(source / "model_index.json", safety_checker=["diffusers", "Checker"])
+    saved = tmp_path / "saved"
+    NAMES["save_pipeline"](source, saved, finished[1] / "weights.safetensors")
+    written = {path.name for path in saved.iterdir()}
+    assert written == {path.name for path in pipeline.iterdir()}
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(saved, low_cpu_mem_usage=False)
+    assert pipe.safety_checker is None
 
 
 def test_result_holds_every_measure(finished):
@@ -223,6 +247,7 @@ def test_result_holds_every_measure(finished):
         assert measures["worst"] == min(measures["others_by_prompt"].values())
         assert list(measures["paraphrases"]) == ["three", "the digit three", "a handwritten 3"]
         assert {"unsure", "noise", "empty_prompt", "others", "fd"} <= set(measures)
+    assert set(result["real"]) == {"right", "unsure"}
     assert set(result["relearn"]) == {"1"}
     assert set(result["relearn"]["1"]) == {"cr", "cr_interval", "unsure", "noise", "class_counts"}
 
@@ -245,6 +270,55 @@ def test_an_equal_seed_gives_equal_weights(pipeline, tmp_path):
     assert not torch.equal(weights[0], weights[2])
 
 
+def test_relearning_takes_the_parts_of_a_batch(pipeline, tmp_path, monkeypatch):
+    """--grad-accum is there for a small memory, and the attack trains the same network."""
+    args, model, _, part_f = prepared(pipeline, tmp_path, "--grad-accum", 2)
+    noised = NAMES["noised"]
+    seen = []
+
+    def watched(model, x0):
+        seen.append((len(x0), model.pipe.unet.training))
+        return noised(model, x0)
+
+    monkeypatch.setitem(NAMES["relearn"].__globals__, "noised", watched)
+    NAMES["relearn"](args, model, part_f, 1)
+    # Older versions of diffusers spare the memory of a network in training mode alone.
+    assert seen == [(args.batch_size // 2, True)] * 4
+    assert not model.pipe.unet.training
+
+
+def test_each_attack_starts_from_the_unlearned_model(pipeline, tmp_path, monkeypatch):
+    args, model, part_g, part_f = prepared(pipeline, tmp_path, "--relearn", 1, 5, "--lr", 1e-2)
+    NAMES["train"](args, model, part_g, part_f)
+    unlearned = [weight.detach().clone() for weight in model.weights]
+    relearn = NAMES["relearn"]
+    starts = []
+
+    def watched(args, model, part_f, k):
+        starts.append([weight.detach().clone() for weight in model.weights])
+        relearn(args, model, part_f, k)
+        assert not torch.equal(model.weights[0], unlearned[0])
+
+    monkeypatch.setitem(NAMES["attack"].__globals__, "relearn", watched)
+    judge = NAMES["load_judge"](args)
+    NAMES["attack"](args, model, judge, part_f, judge.verdict(part_g.pictures))
+    for start in [*starts, list(model.weights)]:
+        assert all(torch.equal(a, b) for a, b in zip(start, unlearned))
+    assert len(starts) == 2
+
+
+def test_before_and_after_differ_by_the_weights_alone(pipeline, tmp_path):
+    """Also if the pipeline's own sampler draws fresh noise in every step."""
+    folder = tmp_path / "tiny"
+    shutil.copytree(pipeline, folder)
+    change_config(folder / "scheduler/scheduler_config.json", algorithm_type="sde-dpmsolver++")
+    args, model, _, _ = prepared(folder, tmp_path)
+    pictures = [
+        NAMES["draw_pictures"](args, model.pipe, model.texts, FORGET, 2, 0) for _ in range(2)
+    ]
+    assert torch.equal(*pictures)
+
+
 def test_another_concept_needs_no_judge(pipeline, tmp_path):
     out = tmp_path / "out"
     argv = ["--pipeline", pipeline, "--forget", "a cat", "--keep", "a dog", "--quick", "--nfe", 2]
@@ -254,6 +328,14 @@ def test_another_concept_needs_no_judge(pipeline, tmp_path):
     result = read_json(path)
     assert "after" not in result
     assert (path.parent / "before_after.png").exists()
+
+
+def test_a_prompt_given_twice_counts_once(pipeline, tmp_path):
+    """Its pictures are one sample: an interval of two would be too narrow."""
+    argv = ["--pipeline", pipeline, "--forget", FORGET, FORGET, "--keep", *KEEP, KEEP[0]]
+    args = NAMES["arguments"]([*map(str, argv), "--out", str(tmp_path)])
+    assert args.forget == [FORGET]
+    assert args.keep == list(KEEP)
 
 
 def test_own_folders_of_pictures(pipeline, tmp_path):
@@ -295,6 +377,33 @@ def test_the_frozen_model_stays_as_it_was(train, pipeline, tmp_path):
     trained_after, frozen_after = both()
     assert torch.equal(frozen_after, frozen)
     assert not torch.allclose(trained_after, frozen, atol=1e-4)
+
+
+@pytest.mark.parametrize("train", ["full", "xattn"])
+def test_on_cuda_the_trained_weights_lose_no_digit(train, pipeline, tmp_path, monkeypatch):
+    """What make_model does for a GPU can be seen on a CPU, since it moves nothing."""
+    args, model, part_g, part_f = prepared(pipeline, tmp_path, "--train", train)
+    unet = model.pipe.unet.requires_grad_(False)
+    before = {name: weight.detach().clone() for name, weight in unet.named_parameters()}
+    args.device = "cuda:0"
+    model = NAMES["make_model"](args, model.pipe, model.texts)
+    for name, weight in unet.named_parameters():
+        if name in model.names:
+            assert torch.equal(weight, before[name])  # of the same type, too
+        else:
+            assert weight.dtype == torch.bfloat16
+    assert unet.is_gradient_checkpointing
+
+    monkeypatch.setattr(common, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
+    args.device = "cpu"
+    unet.train()
+    batch_g = part_g.draw(2, model.texts)
+    loss, _, _ = NAMES["objective"](args, model, batch_g, part_f.draw(2, model.texts))
+    loss.backward()
+    assert loss.dtype == torch.float32
+    for weight in model.weights:
+        assert weight.grad.dtype == torch.float32
+        assert weight.grad.isfinite().all()
 
 
 def test_l_g_never_sees_the_forgotten_prompt(pipeline, tmp_path, monkeypatch):
@@ -413,6 +522,48 @@ def test_noise_is_told_from_pictures():
     assert measures["noise"] == pytest.approx(50, abs=5)
 
 
+def test_a_picture_of_another_forgotten_class_is_not_forgotten():
+    names = [["crane"], ["tench"], ["Crane"], ["church"]]
+    judge = NAMES["Judge"](None, None, names, ())
+    verdict = common.Verdict(torch.arange(4), None, None, None)
+    assert judge.shows(verdict, ["a tench"]).tolist() == [False, True, False, False]
+    assert judge.shows(verdict, ["a tench", "a church"]).tolist() == [False, True, False, True]
+    # Two classes of ImageNet are called by one name.
+    assert judge.shows(verdict, ["a crane"]).tolist() == [True, False, True, False]
+
+    unsure = common.Verdict(*[torch.ones(4)] * 4)
+    both = {"a tench": unsure._replace(labels=torch.tensor([1, 3, 3, 0]))}
+    both["a church"] = unsure._replace(labels=torch.tensor([3, 3, 1, 0]))
+    args = NAMES["flags"]().parse_args(["--forget", *both])
+    measures = NAMES["measure_forgotten"](args, judge, both, unsure)
+    assert measures["cr"] == 75
+
+
+def test_the_judge_prepares_a_few_pictures_at_a_time():
+    """Thousands of 512 pixels a side would fill the memory."""
+    sizes = []
+
+    def prepare(pictures):
+        sizes.append(len(pictures))
+        return pictures[:, :1]
+
+    args = NAMES["flags"]().parse_args(["--forget", FORGET])
+    judge = NAMES["load_judge"](args)
+    pictures = torch.randint(0, 256, (250, 3, 28, 28), dtype=torch.uint8)
+    wanted = common.judge_images(judge.net, pictures[:, :1])
+    judge.prepare = prepare
+    assert torch.equal(judge.verdict(pictures).labels, wanted.labels)
+    assert sizes == [100, 100, 50]
+
+
+def test_the_judge_itself_is_measured():
+    part = NAMES["Part"](["one", "two"], None, None, torch.tensor([0, 0, 1, 1]))
+    judge = NAMES["Judge"](None, None, [["zero"], ["one"], ["two"]], ())
+    confidence = torch.tensor([0.9, 0.7, 0.2, 0.1])
+    real = common.Verdict(torch.tensor([1, 2, 2, 2]), confidence, None, None)
+    assert NAMES["measure_real"](judge, part, real) == {"right": 75, "unsure": 75}
+
+
 def test_the_longest_name_counts():
     names = [["ball"], ["golf ball"], ["tench"]]
     judge = NAMES["Judge"](None, None, names, ("{0}", "an image of a {0}"))
@@ -423,7 +574,7 @@ def test_the_longest_name_counts():
 
 def test_resnet_is_read_from_a_local_file(tmp_path):
     """It judges as torchvision's own network does, of random weights, on ImageNet's classes."""
-    from torchvision.models import resnet50
+    from torchvision.models import ResNet50_Weights, resnet50
 
     torch.manual_seed(0)
     net = resnet50().eval()
@@ -437,17 +588,18 @@ def test_resnet_is_read_from_a_local_file(tmp_path):
         assert judge.class_of(f"a photo of a {name}") is not None, name
     pictures = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     verdict = judge.verdict(pictures)
-    x = judge.prepare(pictures).float() / 255
-    mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
-    std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    prepare = ResNet50_Weights.IMAGENET1K_V2.transforms()
     with torch.no_grad():
-        assert torch.equal(net((x - mean) / std).argmax(1), verdict.labels)
+        logits = net(prepare(pictures))
+    assert torch.equal(logits.argmax(1), verdict.labels)
+    assert torch.allclose(logits.softmax(1).amax(1), verdict.confidence, rtol=0.01)
     assert verdict.features.shape == (2, 2048)
 
 
 # ---- bad input -----------------------------------------------------------------------------------
 
 THREE = ("--forget", FORGET)
+BLIND = ("--judge-weights", "none")
 BAD_FLAGS = {
     "no forget": ((), "python 06_text_to_image.py --forget"),
     "no such pipeline": ((*THREE, "--pipeline", "data/nothing/here"), "not found"),
@@ -459,6 +611,25 @@ BAD_FLAGS = {
     "retain of esd": ((*THREE, "--method", "esd", "--retain", "dsm"), "--retain has no part"),
     "kept and forgotten": ((*THREE, "--keep", FORGET), "--keep"),
     "template": ((*THREE, "--template", "a photo"), "--template"),
+    "template of numbers": ((*THREE, "--template", "a {} of {0}", "--keep", "a"), "three of {0}"),
+    "relearn without judge": (
+        (*THREE, "--judge-weights", "none", "--relearn", 1),
+        "--relearn has no part",
+    ),
+    "blank": (("--forget", " ", "--keep", FORGET, "--images", "generate", *BLIND), "empty prompt"),
+    "capital": (
+        (*THREE, "--keep", FORGET.upper(), "--images", "generate", *BLIND),
+        "are the same to the tokenizer",
+    ),
+    "pseudo is forgotten": (
+        (*THREE, "--method", "erasediff", "--pseudo", FORGET),
+        "of --pseudo are the same",
+    ),
+    "no UTF-8": (
+        ("--forget", "caf\udce9", "--keep", FORGET, "--images", "generate", *BLIND),
+        "not UTF-8",
+    ),
+    "batch": ((*THREE, "--grad-accum", 3), "cannot be split"),
     "D_f empty": (("--forget", "a photo of a cat"), "D_f is empty"),
     "D_g empty": ((*THREE, "--images", "generate"), "D_g is empty"),
     "D_g unknown": ((*THREE, "--keep", "a photo of a dog"), "D_g is empty"),
@@ -503,7 +674,33 @@ def cut_weights(folder):
     path.write_bytes(path.read_bytes()[:1000])
 
 
+def predict_images(folder):
+    change_config(folder / "scheduler/scheduler_config.json", prediction_type="sample")
+
+
+def flow(folder):
+    index = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    change_config(folder / "model_index.json", scheduler=index)
+
+
+def oblong(folder):
+    change_config(folder / "unet/config.json", sample_size=[8, 16])
+
+
+def remove_tokenizer(folder):
+    shutil.rmtree(folder / "tokenizer")
+
+
+def remove_autoencoder(folder):
+    (folder / "vae/diffusion_pytorch_model.safetensors").unlink()
+
+
 DAMAGE = {
+    "other prediction": (predict_images, "predicts 'sample'"),
+    "no noise levels": (flow, "has no alphas_cumprod"),
+    "oblong": (oblong, "sample_size"),
+    "no tokenizer": (remove_tokenizer, "the same to the tokenizer"),
+    "no autoencoder": (remove_autoencoder, "cannot be loaded"),
     "another class": (write_other_class, "supported is StableDiffusionPipeline"),
     "no index": (remove_index, "model_index.json"),
     "cut weights": (cut_weights, "cannot be loaded"),
@@ -517,6 +714,31 @@ def test_a_pipeline_that_is_none(pipeline, tmp_path, damage, word):
     damage(folder)
     argv = ["--pipeline", folder, *THREE, "--images", "mnist", "--quick", "--out", tmp_path]
     check_refusal(run_script("06", *argv), word, "--pipeline")
+
+
+def test_a_tokenizer_may_not_know_how_many_tokens_it_takes(pipeline, tmp_path):
+    folder = tmp_path / "tiny"
+    shutil.copytree(pipeline, folder)
+    for limit in (None, 77):  # None: transformers makes 10^30 of it
+        change_config(folder / "tokenizer/tokenizer_config.json", model_max_length=limit)
+        _, model, _, _ = prepared(folder, tmp_path)
+        _, usual, _, _ = prepared(pipeline, tmp_path)
+        assert torch.equal(model.texts[FORGET], usual.texts[FORGET])
+
+
+def test_a_place_for_save_is_looked_for_before_the_work(pipeline, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    flags = flags_of(pipeline, tmp_path / "out", "--save", tmp_path / "file/saved")
+    check_refusal(run_script("06", *flags), "another folder with --save")
+
+
+def test_save_may_not_hold_the_run_itself(pipeline, tmp_path):
+    """A folder that is replaced as a whole would take the result with it."""
+    for inside in ("quick", "quick/tiny/forget-a_photo_of_a_three/obt-rel/pipeline"):
+        flags = flags_of(pipeline, tmp_path / "out", "--save", tmp_path / "out" / inside)
+        check_refusal(run_script("06", *flags), "lie inside each other")
+        assert not list(tmp_path.rglob("result.json"))
+        shutil.rmtree(tmp_path / "out")
 
 
 def test_a_result_of_other_settings_stays(pipeline, tmp_path):
@@ -551,6 +773,8 @@ def test_the_folder_of_a_run_names_what_was_chosen(pipeline, tmp_path):
         args = NAMES["arguments"]([str(value) for value in flags_of(pipeline, tmp_path, *more)])
         return NAMES["output_folder"](args).name
 
+    argv = ["--pipeline", f"{pipeline}/unet/..", "--forget", FORGET, "--out", str(tmp_path)]
+    spelled = NAMES["arguments"](argv).name
     names = [
         name_of(),
         name_of("--eta", 2),
@@ -561,6 +785,7 @@ def test_the_folder_of_a_run_names_what_was_chosen(pipeline, tmp_path):
         name_of("--images", "mnist"),
         name_of("--method", "erasediff", "--pseudo", PSEUDO),
     ]
+    assert spelled == pipeline.name
     assert names[0] == "obt-rel"
     assert names[-1] == "erasediff-pseudo-a_photo_of_a_eight"
     assert not any(" " in name for name in names)

@@ -25,8 +25,8 @@ high D_f.
 
 Expect: the learned D_g and D_f of Standard and Unseen within 0.06 of the exact ones. The middle
 holds 23 % of Standard's samples, 8 % of Unseen's (tails of the other two), 2 % of Obt-rel's. Writes
-out/toy/: table.json, panels.png, frontier.png. Those of another mixture are replaced only with
---overwrite.
+out/toy/: table.json, panels.png, frontier.png, flow.gif. Those of another mixture are replaced only
+with --overwrite.
 
 Predict, then run:
   1. Unseen never saw the middle. Why does it still put 8 % of its samples there, and what would
@@ -635,8 +635,8 @@ def draw_panels(path, toy, nets):
         if name in nets:
             drawn = samples(net, 400, torch.float32)
             ax.plot(*drawn.T, ".", ms=2, color="k", alpha=0.5)
-        ax.quiver(*arrows.T, *scores[name].T, color="#c03020", width=0.004)
-        ax.plot(*toy.f.means.T, "x", color="orange", ms=9, mew=2.5)
+        ax.quiver(*arrows.T, *scores[name].T, color=common.FORGOTTEN, width=0.004)
+        ax.plot(*toy.f.means.T, "x", color="black", ms=10, mew=2.5)
         ax.set(title=name, xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
     fig.tight_layout()
     common.save_figure(fig, path, dpi=80)
@@ -648,55 +648,129 @@ def draw_frontier(path, curves, rows, bound):
     curves  {method: list of ExactResult}, one for each alpha
     rows    list of Row: their learned points, or the exact one where nothing was learned
     bound   Frontier, grey on the left where it exists
+
+    The left axis is broken, because the poster's point lies far above all others.
     """
     plt = common.pyplot()
-    fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4))
+    fig, axes = plt.subplot_mosaic(
+        [["top", "right"], ["left", "right"]], figsize=(10, 4.8), height_ratios=[1, 4]
+    )
+    top = axes["top"]
+    left = axes["left"]
+    right = axes["right"]
+    break_axis(top, left)
 
     if bound.exists():
         values_g = torch.linspace(10.5, 11.2, 50)
         values_f = [bound.highest_f(value.item()) for value in values_g]
-        # Grey from the bound up to 45, which is above the top of the picture.
-        left.fill_between(values_g, values_f, 45, color="0.88", label="no density can be here")
+        for ax in (top, left):
+            # Grey from the bound up to 45, which is above the top of the picture.
+            ax.fill_between(values_g, values_f, 45, color="0.85", label="no density can be here")
 
-    for k, (method, results) in enumerate(curves.items()):
+    styles = common.method_styles(common.METHOD_STYLES)
+    for method, results in curves.items():
         table = torch.tensor(results)  # (number of alphas, 4), columns as in ExactResult
         values_g = unit(table[:, 0])
-        style = {"color": f"C{k}", "label": f"{method}, exact"}  # C0, C1, ...: colours by number
-        left.plot(values_g, unit(table[:, 1]), ".-", **style)
-        right.plot(values_g, table[:, 2], ".-", **style)
+        style = {**styles[method], "markersize": 4}
+        left.plot(values_g, unit(table[:, 1]), **style)
+        right.plot(values_g, table[:, 2], **style, label=f"{method}, exact")
+    draw_points(left, right, rows, styles)
 
+    star = {"marker": "*", "color": common.METHOD_STYLES["erasediff"][0], "linestyle": ""}
+    top.plot(POSTER_G, POSTER_F, **star, markersize=13)
+    left.plot([], [], **star, markersize=13, label="poster, MSGM")  # for the legend alone
+    label_g = "D_g, bits/dim + 8 (low: kept)"
+    top.set(xlim=(10.5, 11.2), ylim=(36.5, 41.5), yticks=(38, 40))
+    left.set(xlim=(10.5, 11.2), ylim=(10.5, 16.5))
+    left.set(xlabel=label_g, ylabel="D_f, bits/dim + 8 (high: unlikely)")
+    right.set(xlim=(10.5, 11.2), ylim=(0, 25))
+    right.set(xlabel=label_g, ylabel="samples at the forgotten mode, %")
+    left.legend(fontsize=9, loc="upper right")
+    right.legend(fontsize=9, loc="upper right")
+    fig.tight_layout(h_pad=0.3)
+    common.save_figure(fig, path, dpi=80)
+
+
+def break_axis(top, bottom):
+    """Let two axes, one above the other, look like one whose y axis leaves something out."""
+    top.spines["bottom"].set_visible(False)
+    bottom.spines["top"].set_visible(False)
+    top.tick_params(bottom=False, labelbottom=False)
+    slash = {"marker": [(-1, -0.6), (1, 0.6)], "markersize": 9, "color": "k", "linestyle": ""}
+    top.plot([0, 1], [0, 0], transform=top.transAxes, clip_on=False, **slash)
+    bottom.plot([0, 1], [1, 1], transform=bottom.transAxes, clip_on=False, **slash)
+
+
+def draw_points(left, right, rows, styles):
+    """Draw the rows of the table as points: with a black edge where a network has learned them."""
+    named = set()  # Obt-rel has two rows, and needs one line of the legend
     for row in rows:
-        if row.learned_g is None:
-            marker = "k^"
-            value_g = row.exact_g
-            value_f = row.exact_f
-            share = row.ur_exact
-        else:
-            marker = "ks"
+        style = {**styles[row.method], "linestyle": "", "markersize": 8}
+        name = f"{row.method}, exact"
+        value_g = row.exact_g
+        value_f = row.exact_f
+        share = row.ur_exact
+        if row.learned_g is not None:
+            style |= {"markeredgecolor": "black", "markersize": 9}
+            name = f"{row.method}, learned"
             value_g = row.learned_g
             value_f = row.learned_f
             share = row.ur_learned
-        left.plot(value_g, value_f, marker, ms=4)
-        right.plot(value_g, share, marker, ms=4)
-        right.annotate(f" {row.method}", (value_g, share), fontsize=8)
+        left.plot(value_g, value_f, **style)
+        right.plot(value_g, share, **style, label=None if name in named else name)
+        named.add(name)
 
-    left.plot(POSTER_G, POSTER_F, "*", color="crimson", ms=12, label="poster, MSGM")
-    left.plot([], [], "ks", ms=4, label="learned")  # an empty line, for the legend alone
-    label_g = "bits/dim + 8 of D_g (low: kept)"
-    label_f = "bits/dim + 8 of D_f (high: unlikely)"
-    left.set(xlabel=label_g, ylabel=label_f, xlim=(10.5, 11.2), ylim=(10.5, 41))
-    label_share = "samples at the forgotten mode, %"
-    right.set(xlabel=label_g, ylabel=label_share, xlim=(10.5, 11.2), ylim=(0, 25))
-    left.legend(fontsize=8)
-    right.legend(fontsize=8)
-    fig.tight_layout()
-    common.save_figure(fig, path, dpi=80)
+
+def draw_flow(path, toy, nets, num_points=600):
+    """Draw an animation: the same noise on its way to samples of Standard and of Obt-rel.
+
+    nets  {name: network} of both
+
+    A triangle is a point that ends at a forgotten mode. A circle, one standard deviation around its
+    mean, marks the mode. All points are shrunk to the size of the data, because at high noise they
+    would be far outside.
+    """
+    plt = common.pyplot()
+    fig, axes = plt.subplots(1, 2, figsize=(10, 5.6), dpi=80, sharey=True)
+    reach = toy.all.means.abs().max().item() + 3
+    noise = torch.randn(num_points, 2, generator=common.rng(0))
+    sigmas = common.karras_sigmas(61, common.VP().sigma_max())
+    ways = []
+    marks = []
+    for ax, name in zip(axes, ("standard", "obt-rel")):
+        recorder = common.Recorder(nets[name])
+        x = common.ode_sample(recorder, noise, sigmas)
+        # Heun's method asks twice a step. Every other question is about a point on the way itself.
+        # Where sigma is far from the size of the data nothing moves.
+        way = [(sigma, point) for sigma, point in recorder.seen[::2] if 0.1 < sigma < 10]
+        ways.append([*way, (0, x)])
+        ends_there = toy.is_f[torch.cdist(x.double(), toy.all.means).argmin(1)]
+        kept = ax.plot([], [], "o", ms=3, color=common.METHOD_STYLES["obt-rel"][0], alpha=0.6)
+        forgotten = ax.plot([], [], "^", ms=5, color=common.FORGOTTEN)
+        marks.append([(*kept, ~ends_there), (*forgotten, ends_there)])
+        for mean in toy.f.means.tolist():
+            ax.add_patch(plt.Circle(mean, 1, fill=False, linewidth=2))
+        share = toy.share_at_forgotten(x)
+        ax.set_title(f"{name}: {share:.0f} % end at the forgotten mode", fontsize=13)
+        ax.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
+        ax.set_xlabel("first coordinate")
+    axes[0].set_ylabel("second coordinate")
+    fig.subplots_adjust(left=0.06, right=0.99, bottom=0.1, top=0.86, wspace=0.05)
+
+    def show(k):
+        """Show step k of both models."""
+        for way, points in zip(ways, marks):
+            for line, chosen in points:
+                line.set_data(*way[k][1][chosen].T)
+        fig.suptitle(f"noise level sigma = {ways[0][k][0]:.2f}", fontsize=13)
+
+    common.save_animation(fig, path, show, len(ways[0]))
 
 
 # ---- the story -----------------------------------------------------------------------------------
 
 
-FILES = ("table.json", "panels.png", "frontier.png")  # what a run writes
+FILES = ("table.json", "panels.png", "frontier.png", "flow.gif")  # what a run writes
 
 
 def arguments(argv):
@@ -716,7 +790,7 @@ def arguments(argv):
         type=common.number(float, 1e-3, 1e3),
         nargs="+",
         default=[0.8, 0.4, 0.8],
-        help="normalised to sum 1",
+        help="shares of the Gaussians, normalised to sum 1",
     )
     parser.add_argument(
         "--forget",
@@ -726,13 +800,17 @@ def arguments(argv):
         help="which Gaussians to forget, from 0",
     )
     parser.add_argument(
-        "--steps", type=common.number(int, 1), help="training steps of the Standard model"
+        "--steps",
+        type=common.number(int, 1),
+        help="training steps of Standard and Unseen; unlearning takes a third (default: 1500)",
     )
     parser.add_argument(
-        "--n", type=common.number(int, 100, 10**6), help="samples and test points a set"
+        "--n",
+        type=common.number(int, 100, 10**6),
+        help="test points of D_g and of D_f each; half as many samples (default: 20000)",
     )
-    parser.add_argument("--seed", type=common.number(int, 0, common.MAX_SEED), default=0)
-    parser.add_argument("--out", default="out")
+    common.add_seed(parser)
+    common.add_out(parser)
     parser.add_argument(
         "--quick",
         action="store_true",
@@ -828,8 +906,9 @@ def main(argv=None):
     again = common.own_command("01_gaussian_toy.py", argv)
     common.draw_picture(out / "panels.png", draw_panels, toy, panels, again=again)
     common.draw_picture(out / "frontier.png", draw_frontier, curves, rows, bound, again=again)
+    common.draw_picture(out / "flow.gif", draw_flow, toy, panels, again=again)
     common.say(
-        f"{time.time() - start:.0f} s; wrote {out}/table.json, panels.png, frontier.png; "
+        f"{time.time() - start:.0f} s; wrote {out}/table.json, panels.png, frontier.png, flow.gif; "
         f"next: {next_command(args)}"
     )
 

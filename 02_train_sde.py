@@ -63,7 +63,14 @@ def arguments(argv):
 
 def flags():
     """Return a parser of this script's flags and of those that all scripts share."""
-    p = common.parser(__doc__)
+    recipe = "for mnist; see common.RECIPES"
+    helps = {
+        "--steps": f"training steps (default: 30000 {recipe})",
+        "--batch-size": f"images a step (default: 64 {recipe})",
+        "--lr": f"peak learning rate of Adam; Muon has its own (default: 0.008 {recipe})",
+        "--overwrite": common.OVERWRITE_OR_RESUME,
+    }
+    p = common.parser(__doc__, helps=helps)
     p.add_argument(
         "--sde",
         choices=["any", *common.SDES],
@@ -84,18 +91,35 @@ def flags():
         help="--sde any: share of ln sigma drawn uniformly instead",
     )
     p.add_argument(
-        "--ema", type=common.number(float, 0, 0.99999), help="decay of the weight average"
+        "--ema",
+        type=common.number(float, 0, 0.99999),
+        help=f"decay of the weight average (default: 0.9995 {recipe})",
     )
     p.add_argument(
         "--width",
         type=common.number(int, 8, 4096),
-        help="channels of the U-Net at its top, a multiple of 8 (default: see common.RECIPES)",
+        help=f"channels of the U-Net at its top, a multiple of 8 (default: 48 {recipe})",
     )
-    p.add_argument("--resume", action="store_true", help="go on from base.pt")
-    p.add_argument("--save-every", type=common.number(int, 1), default=1000)
-    p.add_argument("--sample-every", type=common.number(int, 1), default=5000)
+    p.add_argument("--resume", action="store_true", help="go on with a training")
     p.add_argument(
-        "--without", nargs="+", metavar="CLASS", help="leave these classes out: the Unseen model"
+        "--save-every",
+        type=common.number(int, 1),
+        default=1000,
+        metavar="STEPS",
+        help="steps from one checkpoint to the next",
+    )
+    p.add_argument(
+        "--sample-every",
+        type=common.number(int, 1),
+        default=5000,
+        metavar="STEPS",
+        help="steps from one picture of samples to the next",
+    )
+    p.add_argument(
+        "--without",
+        nargs="+",
+        metavar="CLASS",
+        help="leave these classes out: the Unseen model (default: all classes)",
     )
     p.add_argument(
         "--judge", action="store_true", help="train the judge instead of the score model"
@@ -103,7 +127,9 @@ def flags():
     p.add_argument(
         "--measure", action="store_true", help="measure the base model instead of training one"
     )
-    p.add_argument("--n", type=common.number(int, 100, 10**6), help="--measure: samples")
+    p.add_argument(
+        "--n", type=common.number(int, 100, 10**6), help="--measure: samples (default: 5000)"
+    )
     return p
 
 

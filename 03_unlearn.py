@@ -27,11 +27,12 @@ forgotten by its absence: not_bangs.
 
 Writes out/<dataset>/forget-<names>/<method>-<sde>[-<flag><value>...][-scratch][-s<seed>]/, where a
 flag is named if it was given and changes the model: model.pt, result.json, log.jsonl, curves.png,
-before_after.png. Expect with --forget 3: see README. A run that made things worse ends with status
-1, and goes into a folder of its own, <name>-worse. Worse means more of what was to be forgotten
-than before, half of the samples rubbish, or another class gone. A finished run of other settings,
-such as --n, is replaced only with --overwrite. A run that was stopped has left <name>.resume.pt
-beside its folder. --resume goes on from there, to the same weights as if nothing had happened.
+before_after.png, with --animate flow.gif. Expect with --forget 3: see README. A run that made
+things worse ends with status 1, and goes into a folder of its own, <name>-worse. Worse means more
+of what was to be forgotten than before, half of the samples rubbish, or another class gone. A
+finished run of other settings, such as --n, is replaced only with --overwrite. A run that was
+stopped has left <name>.resume.pt beside its folder. --resume goes on from there, to the same
+weights as if nothing had happened.
 
 Predict, then run:
   1. Which digits pay for the forgetting of 3?            (class_counts in result.json)
@@ -106,10 +107,28 @@ def arguments(argv):
 
 def flags():
     """Return a parser of this script's flags and of those that all scripts share."""
-    p = common.parser(__doc__)
+    helps = {
+        "--steps": "training steps (default: 260 for mnist, see common.RECIPES; 3000 with "
+        "--from-scratch)",
+        "--batch-size": "images a step, of D_g and of D_f each (default: 64)",
+        "--lr": "peak learning rate of Adam (default: 0.001 for obt-rel and siss, 0.0003 for "
+        "others; 0.008 with --from-scratch)",
+        "--overwrite": common.OVERWRITE_OR_RESUME,
+    }
+    p = common.parser(__doc__, helps=helps)
     common.add_forget(p, "03_unlearn.py", "to forget")  # <-- 03
-    p.add_argument("--method", choices=list(METHODS), default="obt-rel")  # <-- 03
-    p.add_argument("--sde", choices=list(common.SDES), default="vp")
+    p.add_argument(  # <-- 03
+        "--method",
+        choices=list(METHODS),
+        default="obt-rel",
+        help="ort and obt are the paper's, obt-rel is ours, the others are rivals",
+    )
+    p.add_argument(
+        "--sde",
+        choices=list(common.SDES),
+        default="vp",
+        help="noise of D_g in training, and where sampling starts",
+    )
     p.add_argument(  # <-- 03
         "--from-scratch",
         action="store_true",
@@ -120,25 +139,34 @@ def flags():
         "--log-sigma",
         type=common.number(float, -10, 10),
         nargs=2,
-        help="noise of D_f: mean and std of ln sigma",
+        help="noise of D_f: mean and std of ln sigma (default: 0 0.7)",
     )
     p.add_argument(
         "--retain",
         choices=("dsm", "distill"),
-        help="L_g: score matching, the paper's, or ours, see common.distill_loss",
+        help="L_g: score matching, the paper's, or ours, see common.distill_loss (default: distill "
+        "for obt-rel, dsm for others)",
     )
     p.add_argument(
         "--uniform-t",
         action=argparse.BooleanOptionalAction,
-        help="noise of D_f: the paper's t ~ U(0, 1) instead",
+        help="noise of D_f: the paper's t ~ U(0, 1) instead (default: only for siss)",
     )
     p.add_argument(
-        "--ema", type=common.number(float, 0, 0.99999), help="decay of the weight average"
+        "--ema",
+        type=common.number(float, 0, 0.99999),
+        help="decay of the weight average (default: 0.98; 0.999 with --from-scratch)",
     )
     p.add_argument(
-        "--n", type=common.number(int, 10, 10**6), help="samples for the measures, before and after"
+        "--n",
+        type=common.number(int, 10, 10**6),
+        help="samples for the measures, before and after each (default: 2000)",
     )
-    p.add_argument("--nfe", type=common.number(int, 2, 10**4), help="network evaluations a sample")
+    p.add_argument(
+        "--nfe",
+        type=common.number(int, 2, 10**4),
+        help="network evaluations a sample (default: 20; 50 with --sde ddpm)",
+    )
     p.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
     p.add_argument(
         "--redraw",
@@ -147,29 +175,39 @@ def flags():
         metavar="FOLDER",
         help="only draw the pictures of a finished run again (default: the run of the other flags)",
     )
+    p.add_argument(
+        "--animate",
+        action="store_true",
+        help="also flow.gif: the same noise as it becomes images, before and after",
+    )
     return p
 
 
 def add_weights(p):  # <-- 03
     """Add the flags that say how hard each method pushes, and which of two forms Ort has."""
     p.add_argument(
-        "--alpha", type=common.number(float, 0, 1), help="weight of L_g; L_f has 1 - alpha"
+        "--alpha",
+        type=common.number(float, 0, 1),
+        help="weight of L_g; L_f has 1 - alpha (default: 0.9 for obt and ascent, 0.95 for ort; "
+        "obt-rel and erasediff have --kappa and --eta)",
     )
     p.add_argument(
         "--kappa",
         type=common.number(float, 0, 1000),
-        help="obt-rel: the same weight, relative to the sizes of D_g and D_f",
+        help="obt-rel: the same weight, relative to the sizes of D_g and D_f (default: 2.8; 2.4 "
+        "with --sde subvp, 1.8 with ve)",
     )
     p.add_argument(
         "--eta",
         type=common.number(float, 0, 1000),
         help="erasediff: how fast each step must lower L_f; "
-        "--alpha instead: the constant weight (1 - alpha)/alpha",
+        "--alpha instead: the constant weight (1 - alpha)/alpha (default: 0.001)",
     )
     p.add_argument(
         "--c",
         type=common.number(float, 0, 1000),
-        help="siss: length of the forget gradient (the paper's 5 is for losses summed over pixels)",
+        help="siss: length of the forget gradient; the paper's 5 is for losses summed over pixels "
+        "(default: 0.003)",
     )
     p.add_argument(
         "--ort",
@@ -795,7 +833,16 @@ def save_for_resume(path, model, args):
 
 
 # Flags on which no result depends: how a run is called, where it computes and writes.
-NOT_OF_THE_RESULT = ("command", "resume", "overwrite", "redraw", "out", "cache_dir", "device")
+NOT_OF_THE_RESULT = (
+    "command",
+    "resume",
+    "overwrite",
+    "redraw",
+    "animate",
+    "out",
+    "cache_dir",
+    "device",
+)
 # Flags on which no weight depends, because they are about how the work is split, where the images
 # lie, and how a run is measured. They may be others when it goes on.
 NOT_OF_THE_MODEL = (*NOT_OF_THE_RESULT, "data_dir", "grad_accum", "compile", "n", "nfe")
@@ -863,7 +910,7 @@ def refuse_other_run(args, folder, made_from):
 
     made_from  what find_sources returns
     """
-    pictures = ("curves.png", "before_after.png")
+    pictures = ("curves.png", "before_after.png", "flow.gif")
     common.refuse_foreign(folder, "model.pt", "result.json", "log.jsonl", *pictures)
     path = folder / "model.pt"
     common.refuse_unwritable(path)
@@ -945,6 +992,8 @@ def reasons_of_worse(args, result, data):
 
 # ---- measures and pictures -----------------------------------------------------------------------
 
+NUM_SHOWN = 64  # images on each side of before_after.png, at most
+
 
 @dataclass
 class Samples:
@@ -952,6 +1001,8 @@ class Samples:
 
     images: torch.Tensor  # (n, C, H, W) uint8
     verdict: common.Verdict  # labels, confidence and features of the n images
+    # With --animate (sigma, images) from the noise to the first few images, else nothing.
+    way: list = field(default_factory=list)
 
 
 def draw_samples(args, net, sde, judge, shape, label):
@@ -961,6 +1012,9 @@ def draw_samples(args, net, sde, judge, shape, label):
 
     The noise is the same at each call: before and after differ by the networks alone.
     """
+    way = []
+    if args.animate:
+        net = common.Recorder(net, limit=args.nfe)  # of the first batch
     images = common.sample_images(
         net,
         args.n,
@@ -972,7 +1026,9 @@ def draw_samples(args, net, sde, judge, shape, label):
         device=args.device,
         label=label,
     )
-    return Samples(images, common.judge_images(judge, images))
+    if args.animate:
+        way = [(sigma, common.to_bytes(x[:NUM_SHOWN].cpu())) for sigma, x in net.seen]
+    return Samples(images, common.judge_images(judge, images), way)
 
 
 def report(args, data, model, judge, real_g, before, after):
@@ -1081,9 +1137,6 @@ def print_measures(args, row_before, row_after, row_floor):
     print(f"             after  {row_after['class_counts']}")
 
 
-NUM_SHOWN = 64  # images on each side of before_after.png, at most
-
-
 def before_after(path, data, before, after, num_images=NUM_SHOWN, columns=8):
     """Save a picture of samples before (left) and after (right), made from the same noise.
 
@@ -1091,8 +1144,8 @@ def before_after(path, data, before, after, num_images=NUM_SHOWN, columns=8):
     num_images     how many at most on each side
     columns        how many of them in a row
 
-    The judge's class stands in the corner of each image, red when it is to be forgotten. An orange
-    frame marks the images whose class has changed.
+    The judge's class stands in the corner of each image, in a filled box if it is to be forgotten.
+    An orange frame marks the images whose class has changed.
     """
     plt = common.pyplot()
     left_title = "before"
@@ -1117,10 +1170,79 @@ def before_after(path, data, before, after, num_images=NUM_SHOWN, columns=8):
             common.label_corner(ax, left, top, data.class_names[label], is_forgotten)
             if has_changed[i]:
                 corner = (left, top)
-                frame = {"fill": False, "edgecolor": "orange", "linewidth": 1.2}
+                frame = {"fill": False, "edgecolor": common.CHANGED, "linewidth": 1.2}
                 ax.add_patch(plt.Rectangle(corner, width - 1, height - 1, **frame))
     fig.tight_layout(pad=0.4)
     common.save_figure(fig, path, dpi=110)
+
+
+def draw_flow(path, data, before, after, num_images=32, columns=8):
+    """Save an animation of the same noise as it becomes images, before (left) and after (right).
+
+    before, after  Samples with their way; without a Standard model before is None
+
+    The images are some of before_after.png. Those that the left model makes D_f come first, and
+    keep a solid frame as long as they are D_f. A dashed frame marks one that is D_f no more.
+    """
+    sides = {"before": before, "after": after}
+    if before is None:
+        sides = {"after": after}
+    forget = torch.tensor(data.forget_classes)
+    first = next(iter(sides.values()))
+    was_forgotten = torch.isin(first.verdict.labels[:NUM_SHOWN], forget)
+    # False sorts before True.
+    picked = torch.argsort(~was_forgotten, stable=True)[:num_images]
+
+    plt = common.pyplot()
+    fig, axes = plt.subplots(1, len(sides), figsize=(5 * len(sides), 3.15), dpi=80, squeeze=False)
+    frames = []
+    for ax, (name, samples) in zip(axes[0], sides.items()):
+        # Before sigma = 10 there is only noise, which fills a file and shows nothing.
+        way = [(sigma, images) for sigma, images in samples.way if sigma < 10]
+        way = [*way, (0, samples.images)]
+        frames.append([(sigma, flow_tile(images[picked], columns)) for sigma, images in way])
+        ax.axis("off")
+        ax.set_title(name, fontsize=12)
+        is_forgotten = torch.isin(samples.verdict.labels[picked], forget)
+        frame_forgotten(ax, data, columns, was_forgotten[picked], is_forgotten)
+    names = common.plain_text(" ".join(data.forget_names))
+    fig.text(
+        0.5,
+        0.02,
+        f"the same noise on both sides; solid frame: becomes {names}; dashed: no longer {names}",
+        ha="center",
+        fontsize=11,
+    )
+    fig.subplots_adjust(left=0.005, right=0.995, bottom=0.1, top=0.83, wspace=0.02)
+    shown = [ax.imshow(way[0][1], interpolation="nearest") for ax, way in zip(axes[0], frames)]
+
+    def show(k):
+        """Show step k of every side."""
+        for image, way in zip(shown, frames):
+            image.set_data(way[k][1])
+        fig.suptitle(f"noise level sigma = {frames[0][k][0]:.2f}", fontsize=12)
+
+    common.save_animation(fig, path, show, len(frames[0]), seconds=0.3)
+
+
+def flow_tile(images, columns):
+    """Arrange images as common.tile does, in 16 shades: noise of 256 would fill a large file."""
+    return common.tile(images // 16 * 17, columns)
+
+
+def frame_forgotten(ax, data, columns, was_forgotten, is_forgotten):
+    """Draw the frames of draw_flow into the axes `ax`.
+
+    was_forgotten, is_forgotten  (n,) bool: whether image i is D_f on the left, and on this side
+    """
+    plt = common.pyplot()
+    height, width = data.images.shape[2:]
+    for i in (was_forgotten | is_forgotten).nonzero().flatten().tolist():
+        corner = (i % columns * width, i // columns * height)
+        frame = {"fill": False, "edgecolor": common.CHANGED, "linewidth": 2, "linestyle": "--"}
+        if is_forgotten[i]:
+            frame.update(edgecolor=common.FORGOTTEN, linewidth=3, linestyle="-")
+        ax.add_patch(plt.Rectangle(corner, width - 1, height - 1, **frame))
 
 
 def plot_curves(path, losses, title):
@@ -1162,7 +1284,7 @@ def read_log(path):
 
 
 def draw_pictures(args, data, folder, before, after, losses, again):
-    """Draw both pictures of a run into its folder; one that fails is a line on stderr.
+    """Draw the pictures of a run into its folder; one that fails is a line on stderr.
 
     before, after  Samples, as for `before_after`
     losses         (steps, 2): L_g and L_f of each step
@@ -1172,6 +1294,8 @@ def draw_pictures(args, data, folder, before, after, losses, again):
     path = folder / "before_after.png"
     common.draw_picture(path, before_after, data, before, after, again=again)
     common.draw_picture(folder / "curves.png", plot_curves, losses, title, again=again)
+    if args.animate:
+        common.draw_picture(folder / "flow.gif", draw_flow, data, before, after, again=again)
 
 
 def redraw(args, data, judge, folder):
@@ -1182,7 +1306,7 @@ def redraw(args, data, judge, folder):
     command = common.run_command(args, folder / "model.pt", data.forget_names)
     checkpoint = common.load_checkpoint(folder / "model.pt", command, ("arch", "ema", "args"))
     # How the samples were drawn is known to the run. Where it lies, and on what, is known here.
-    here = {name: getattr(args, name) for name in ("out", "data_dir", "device", "quick")}
+    here = {name: getattr(args, name) for name in ("out", "data_dir", "device", "quick", "animate")}
     run_args = argparse.Namespace(**{**checkpoint["args"], **here})
     run_args.n = min(run_args.n, NUM_SHOWN)
     if set(run_args.forget) != set(args.forget):
@@ -1198,7 +1322,9 @@ def redraw(args, data, judge, folder):
         before = draw_samples(run_args, base, sde, judge, shape, "samples before")
     after = draw_samples(run_args, net, sde, judge, shape, "samples after")
     losses = read_log(folder / "log.jsonl")
-    flags = ("--forget", *data.forget_names, "--redraw", folder)
+    flags = ["--forget", *data.forget_names, "--redraw", folder]
+    if args.animate:
+        flags.append("--animate")
     again = common.command_line("03_unlearn.py", args, *flags)
     draw_pictures(run_args, data, folder, before, after, losses, again)
     common.say(f"wrote the pictures in {folder}/")

@@ -63,7 +63,13 @@ def arguments(argv):
     """
     # Two settings have no flag, they only differ between --quick and a full run: rk4, the steps of
     # the ODE's likelihood, and levels, the noise levels of the bound.
-    parser = common.parser(__doc__, rk4=None, levels=None)
+    helps = {
+        "--steps": "--relearn: steps that the attacker trains (default: 50)",
+        "--batch-size": "--relearn: images a step (default: 64)",
+        "--lr": "--relearn: peak learning rate of Adam (default: 0.0003)",
+    }
+    unused = ("--grad-accum", "--compile")
+    parser = common.parser(__doc__, unused, helps, rk4=None, levels=None)
     common.add_forget(parser, "04_evaluate.py", "that were forgotten")
     parser.add_argument(
         "--sde",
@@ -71,27 +77,31 @@ def arguments(argv):
         default="vp",
         help="for all models alike: where sampling starts and likelihood ends",
     )
-    parser.add_argument("--n", type=common.number(int, 20, 10**6), help="samples a model")
     parser.add_argument(
-        "--nfe", type=common.number(int, 2, 10**4), help="network evaluations a sample"
+        "--n", type=common.number(int, 20, 10**6), help="samples a model (default: 2000)"
+    )
+    parser.add_argument(
+        "--nfe",
+        type=common.number(int, 2, 10**4),
+        help="network evaluations a sample (default: 20; 50 with --sde ddpm)",
     )
     parser.add_argument(
         "--nll",
         choices=["ode", "bound", "none"],
         default="ode",
-        help="ode: RK4, with the bound beside it",
+        help="likelihood; ode: by RK4, with the bound beside it",
     )
     parser.add_argument(
         "--n-nll",
         type=common.number(int, 2),
-        help="test images of D_g and of D_f each for the likelihood",
+        help="test images of D_g and of D_f each for the likelihood (default: 128)",
     )
     parser.add_argument(
         "--nll-floor",
         type=common.number(float, 1e-4, 1),
         default=0.001,
         metavar="SIGMA",
-        help="noise level at which the likelihood starts (default: 0.001; the paper's VE: 0.01)",
+        help="noise level at which the likelihood starts; the paper's VE: 0.01",
     )
     common.add_fid(parser)
     parser.add_argument(
@@ -99,12 +109,11 @@ def arguments(argv):
         nargs="*",
         type=common.number(int, 1),
         metavar="K",
-        help="attack: --steps steps on K images of D_f (1 10 100)",
+        help="attack: train on K images of D_f (default: no attack; without numbers: 1 10 100)",
     )
     args = parser.parse_args(argv)
 
     common.refuse_missing_fid(args)
-    common.refuse_unused(parser, args, ["grad_accum", "compile"], "in 04")
     if args.relearn is None:
         common.refuse_unused(parser, args, ["steps", "batch_size", "lr"], "without --relearn")
     if not args.fid:
@@ -244,7 +253,7 @@ def load_model(args, name, path, command, trained, shape):
     # the weights would only cost memory.
     net = common.load_net(path, command, args.device, shape).requires_grad_(False)
     if args.device == "cpu":
-        # 1.2 times as fast with AVX2. On CUDA this layout only pays with --compile.
+        # 1.2 times as fast with AVX2. On CUDA this layout only pays with torch.compile.
         net = net.to(memory_format=torch.channels_last)
     digest = common.weights_digest(net)
     return Model(name=name, net=net, trained=trained, digest=digest)
@@ -946,13 +955,15 @@ def plot_classes(path, names, samples, forget, classes):
 
     samples  what `sample` returned for each of `names`, the Standard model's first
 
-    The bars of the forget classes are red.
+    The bars of the forget classes are hatched.
     """
     plt = common.pyplot()
     counts = []
     for drawn in samples:
         counts.append(torch.bincount(drawn["verdict"].labels, minlength=len(classes)).numpy())
-    colors = ["#d05050" if i in forget else "#7090c0" for i in range(len(classes))]
+    is_forgotten = [i in forget for i in range(len(classes))]
+    colors = [common.FORGOTTEN if yes else common.KEPT for yes in is_forgotten]
+    hatches = ["//" if yes else "" for yes in is_forgotten]
 
     labels = [common.plain_text(name) for name in classes]
     # Shared axes, because the heights are to be compared from model to model.
@@ -960,10 +971,11 @@ def plot_classes(path, names, samples, forget, classes):
         len(names), 1, figsize=(6, 1.1 * len(names) + 0.6), sharex=True, sharey=True
     )
     for ax, name, count in zip(axes, names, counts):
-        ax.bar(labels, count, color=colors)
+        ax.bar(labels, count, color=colors, hatch=hatches)
         ax.step(labels, counts[0], where="mid", color="black", lw=1)
-        ax.set_ylabel(name, fontsize=7, rotation=0, ha="right")
-    axes[0].set_title("samples of each class; black: Standard", fontsize=9)
+        ax.set_ylabel(common.plain_text(name), fontsize=9, rotation=0, ha="right", va="center")
+    axes[0].set_title("number of samples; hatched: to be forgotten; line: Standard", fontsize=10)
+    axes[-1].set_xlabel("class, as the judge sees it")
     common.save_figure(fig, path, dpi=110, bbox_inches="tight")
 
 
@@ -975,21 +987,25 @@ def plot_attack(path, rows, floor):
     """
     plt = common.pyplot()
     fig, ax = plt.subplots(figsize=(6, 4))
-    names = dict.fromkeys(row["model"] for row in rows)  # each name once, in their order
-    for name in names:
+    styles = common.method_styles(dict.fromkeys(row["model"] for row in rows))
+    for name, style in styles.items():
         own_rows = [row for row in rows if row["model"] == name]
         counts = [row["k"] for row in own_rows]
         ur = torch.tensor([row["ur"] for row in own_rows])
         # (K, 2) -> (2, K): errorbar wants the lengths downwards, then those upwards.
         interval = torch.tensor([row["ur_interval"] for row in own_rows]).T
         lengths = (interval - ur).abs()
-        ax.errorbar(counts, ur, lengths, marker="o", capsize=2, label=name)
-    ax.axhline(floor, color="0.6", ls=":", label="real D_g")
+        ax.errorbar(counts, ur, lengths, **style, markersize=7, capsize=3, label=name)
+    ax.axhline(floor, color="0.4", ls=":", label="real D_g")
     # symlog is linear below 1, so that k = 0 has a place beside 1, 10 and 100.
     ax.set_xscale("symlog", linthresh=1)
-    ax.set_xlim(left=-0.2)
-    ax.legend(fontsize=7)
-    ax.set(xlabel="images of D_f relearned from", ylabel="unlearning ratio, %")
+    ax.set_xticks(counts, counts)
+    ax.set_xlim(-0.2, 1.5 * max(counts))
+    ax.set_ylim(bottom=-1)
+    ax.legend(fontsize=9)
+    ax.set(
+        xlabel="images of D_f relearned from", ylabel="unlearning ratio, % (bars: 95 % interval)"
+    )
     common.save_figure(fig, path, dpi=110, bbox_inches="tight")
 
 

@@ -124,9 +124,19 @@ def load_mask(name, height, width):
 
 def arguments(argv):
     """Read the command line and fill in what it leaves open."""
-    parser = common.parser(__doc__)
+    helps = {
+        "--steps": "noise levels on the way to an image (default: 25; 1000 with --paper, 16 with "
+        "--task reconstruct)",
+        "--batch-size": "images that are restored at once (default: 250)",
+    }
+    parser = common.parser(__doc__, ("--lr", "--grad-accum", "--compile"), helps)
     common.add_forget(parser, "05_downstream.py", "that were forgotten")
-    parser.add_argument("--task", choices=["inpaint", "reconstruct"], default="inpaint")
+    parser.add_argument(
+        "--task",
+        choices=["inpaint", "reconstruct"],
+        default="inpaint",
+        help="fill in a part of each image, or add noise to it and take that away",
+    )
     parser.add_argument(
         "--sde",
         choices=list(common.SDES),
@@ -140,7 +150,9 @@ def arguments(argv):
         help="folder names of the runs to compare, e.g. obt-rel-vp (default: all)",
     )
     parser.add_argument(
-        "--n", type=common.number(int, 3), help="test images of D_f, and as many of D_g"
+        "--n",
+        type=common.number(int, 3),
+        help="test images of D_f, and as many of D_g (default: 200)",
     )
     parser.add_argument(
         "--mask",
@@ -161,12 +173,12 @@ def arguments(argv):
         "--sigmas",
         type=common.number(float, 0.02, 50),
         nargs="+",
-        help="reconstruct: levels of noise to take away again",
+        help="reconstruct: levels of noise to take away again (default: 1 1.4 1.7 2 2.8)",
     )
     parser.add_argument(
         "--clip-weights",
         metavar="PATH",
-        help="adds the CLIP distance on D_g: a ViT-B-32 checkpoint for open_clip",
+        help="a ViT-B-32 checkpoint for open_clip: adds the CLIP distance on D_g (default: none)",
     )
     args = parser.parse_args(argv)
     refuse_unused_flags(parser, args)
@@ -190,14 +202,11 @@ def arguments(argv):
 
 def refuse_unused_flags(parser, args):
     """Exit with one line on a flag that the chosen task would silently ignore."""
-    # They are flags of every script, but nothing is trained here.
-    unused = ["lr", "grad_accum", "compile"]
+    unused = ["sigmas"]
     if args.task == "reconstruct":
-        unused += ["mask", "resample", "paper"]
+        unused = ["mask", "resample", "paper"]
     elif args.paper:
-        unused += ["sigmas", "resample"]
-    else:
-        unused += ["sigmas"]
+        unused = ["sigmas", "resample"]
 
     chosen = f"with --task {args.task}"
     if args.paper:
@@ -706,7 +715,7 @@ def print_table(title, rows):
 def draw_pictures(path, setup, attempt, num_rows=10):
     """Draw originals and restored images side by side: D_f on the left, D_g on the right.
 
-    In the corner stands the judge's class, red if it is one of the forgotten ones.
+    In the corner stands the judge's class, in a filled box if it is one of the forgotten ones.
     """
     columns = {"original": setup.images}
     if setup.has_hole:
@@ -732,11 +741,12 @@ def draw_pictures(path, setup, attempt, num_rows=10):
     fig, axes = plt.subplots(1, 2, figsize=(1.5 * len(columns), 0.75 * num_rows + 0.8))
     for ax, index in zip(axes, (index_f, index_g)):
         draw_grid(ax, setup, columns, attempt.verdicts, index)
-    fig.suptitle(
+    title = (
         f"left: D_f, first where Standard restores the class and {ours} does not; "
-        "right: D_g, in a random order",
-        fontsize=9,
+        "right: D_g, in a random order"
     )
+    # With one run the picture is narrow: about 20 letters fit above a column.
+    fig.suptitle(textwrap.fill(common.plain_text(title), 20 * len(columns)), fontsize=10)
     fig.tight_layout(pad=0.6)
     common.save_figure(fig, path, dpi=110)
 
@@ -777,14 +787,17 @@ def plot_curve(path, results):
     sigmas = [float(title.removeprefix("sigma ")) for title in titles]
 
     plt = common.pyplot()
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True)
+    styles = common.method_styles(results[titles[0]])
     for ax, part in zip(axes, ("D_f", "D_g")):
-        for name in results[titles[0]]:
+        for name, style in styles.items():
             accuracies = [results[title][name][part]["accuracy"] for title in titles]
-            ax.semilogx(sigmas, accuracies, "o-", ms=3, label=name)
-        ax.set_xlabel("sigma")
-        ax.set_title(f"{part}: class kept, %", fontsize=10)
-        ax.legend(fontsize=7)
+            ax.semilogx(sigmas, accuracies, **style, ms=5, label=common.plain_text(name))
+        ax.set_xticks(sigmas, [f"{sigma:g}" for sigma in sigmas])
+        ax.minorticks_off()
+        ax.set_xlabel("noise level sigma (data in [-1, 1])")
+        ax.set_title(f"{part}: class kept, % of images", fontsize=10)
+    axes[0].legend(fontsize=9)
     fig.tight_layout()
     common.save_figure(fig, path, dpi=100)
 

@@ -106,8 +106,17 @@ def arguments(argv):
 
 def flags():
     """Return a parser of this script's flags and of those that all scripts share."""
+    helps = {
+        "--data-dir": "folder of mnist.npz, for --images mnist and the judge of digits (default: "
+        "data/)",
+        "--steps": "training steps (default: 200 for obt-rel, 100 for others)",
+        "--batch-size": "images a step, of D_g and of D_f each (default: 16; other pipelines: 4)",
+        "--lr": "peak learning rate of Adam (default: 0.0003; other pipelines: 0.00001; 0.001 and "
+        "0.00005 with --train xattn)",
+    }
     unused = ("--dataset", "--cache-dir", "--compile")
-    p = common.parser(__doc__, leave_out=unused, dataset="mnist")  # the data of the judge of digits
+    # mnist: the data of the judge of digits.
+    p = common.parser(__doc__, unused, helps, dataset="mnist")
     p.example = 'python 06_text_to_image.py --forget "a photo of a three"'
     p.add_argument(
         "--pipeline",
@@ -115,7 +124,11 @@ def flags():
         help="folder, or name on the Hugging Face hub (default: data/mnist_t2i)",
     )
     p.add_argument(
-        "--forget", nargs="+", required=True, metavar="PROMPT", help="the prompts to forget"
+        "--forget",
+        nargs="+",
+        required=True,
+        metavar="PROMPT",
+        help="the prompts to forget (no default)",
     )
     p.add_argument(
         "--keep",
@@ -141,20 +154,31 @@ def flags():
 
 def add_method(p):
     """Add the flags that say how the pipeline is to forget."""
-    p.add_argument("--method", choices=list(METHODS), default="obt-rel")
-    p.add_argument("--pseudo", metavar="PROMPT", help="erasediff: what to draw instead")
+    p.add_argument(
+        "--method",
+        choices=list(METHODS),
+        default="obt-rel",
+        help="ort and obt are the paper's, obt-rel is ours, the others are rivals",
+    )
+    p.add_argument(
+        "--pseudo", metavar="PROMPT", help="erasediff: what to draw instead (no default)"
+    )
     p.add_argument(
         "--eta",
         type=common.number(float, 0),
-        help="obt-rel, esd: how far beyond the empty prompt to push",
+        help="obt-rel, esd: how far beyond the empty prompt to push (default: 1)",
     )
     p.add_argument(
-        "--alpha", type=common.number(float, 0, 1), help="weight of L_g; L_f has 1 - alpha"
+        "--alpha",
+        type=common.number(float, 0, 1),
+        help="weight of L_g; L_f has 1 - alpha (default: 0.5 for obt-rel and erasediff, 0.9 for "
+        "obt and ort)",
     )
     p.add_argument(
         "--retain",
         choices=("dsm", "distill"),
-        help="L_g: compare with the drawn noise, or with the frozen model",
+        help="L_g: compare with the drawn noise, or with the frozen model (default: distill for "
+        "obt-rel, dsm for others)",
     )
     p.add_argument(
         "--train",
@@ -163,31 +187,47 @@ def add_method(p):
         help="which weights of the U-Net: all, those that read the prompt, or the others",
     )
     p.add_argument(
-        "--ema", type=common.number(float, 0, 0.99999), help="decay of the weight average"
+        "--ema",
+        type=common.number(float, 0, 0.99999),
+        help="decay of the weight average (default: 0.95)",
     )
 
 
 def add_measures(p):
     """Add the flags that say what is drawn and measured, and what is written."""
     p.add_argument(
-        "--n", type=common.number(int, 10), help="pictures of each forgotten prompt; see README"
+        "--n",
+        type=common.number(int, 10),
+        help="pictures of each forgotten prompt, see README (default: 200)",
     )
-    p.add_argument("--nfe", type=common.number(int, 2), help="steps of the sampler, DPM++")
-    p.add_argument("--guidance", type=common.number(float, 1), help="classifier-free guidance")
+    p.add_argument(
+        "--nfe",
+        type=common.number(int, 2),
+        help="steps of the sampler, DPM++ (default: 15; other pipelines: 25)",
+    )
+    p.add_argument(
+        "--guidance",
+        type=common.number(float, 1),
+        help="classifier-free guidance (default: 2; other pipelines: 7.5)",
+    )
     p.add_argument(
         "--relearn",
         nargs="*",
         type=common.number(int, 1),
         metavar="K",
-        help="attack: fine-tune on K images of D_f (1 10 100), and measure again",
+        help="attack: fine-tune on K images of D_f, and measure again (default: no attack; "
+        "without numbers: 1 10 100)",
     )
     p.add_argument(
         "--judge-weights",
         metavar="PATH",
-        help="ImageNet's classes: the file of torchvision's ResNet-50; none: measure nothing",
+        help="ImageNet's classes: the file of torchvision's ResNet-50; none: measure nothing "
+        "(default: the judge of digits)",
     )
     common.add_fid(p)
-    p.add_argument("--save", metavar="FOLDER", help="also write a whole pipeline there")
+    p.add_argument(
+        "--save", metavar="FOLDER", help="also write a whole pipeline there (default: no)"
+    )
 
 
 def is_shipped(args):

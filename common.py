@@ -14,7 +14,7 @@ Contents
      4  Noise levels           uniform_t, lognormal_t
      5  Losses                 dsm_loss, distill_loss; ort_loss, obt_loss, obt_rel_loss
      6  Samplers               pc_sample, langevin_step, heun_solve, ode_sample, dpmpp_sample,
-                               sample_images
+                               Recorder, sample_images
      7  Likelihood             ode_log_likelihood, bits_per_dim
      8  Judge and measures     Judge, fit_judge, judge_images; frechet_distance, wilson, measure,
                                instead, is_noise
@@ -30,7 +30,8 @@ Contents
                                run_name, fingerprint, refuse_other_result, locked,
                                fresh_folder, remove_leftovers
     13  The judge on disk      judge_path, train_judge, load_judge
-    14  Pictures               pyplot, draw_picture, save_figure, plain_text, short_name, tile
+    14  Pictures               pyplot, METHOD_STYLES, draw_picture, save_figure, save_animation,
+                               plain_text, short_name, tile
     15  Command line           exit_with_error, warn, say, Parser, number, parser, finish_args,
                                command_line, own_command, Output, run
 
@@ -1145,6 +1146,30 @@ def dpmpp_sample(net, noise, sigmas, eta=0.0, generator=None):
 
     x0_hat, _ = predict(net, x, sigmas[-1].expand(len(x)))
     return x0_hat
+
+
+class Recorder(nn.Module):
+    """A network that remembers what it was asked: the way of the samples, with any sampler.
+
+    net    the network that answers
+    limit  how many questions are kept: the first ones
+    seen   list of (sigma, x), one for each evaluation. x (B, ...) is x_hat shrunk to the standard
+           deviation of the data, so that noise and samples fit into one picture
+    """
+
+    def __init__(self, net, limit=math.inf):
+        super().__init__()
+        self.net = net
+        self.sd = net.sd
+        self.limit = limit
+        self.seen = []
+
+    def forward(self, y, phi):
+        """Answer as the network does."""
+        if len(self.seen) < self.limit:
+            sigma = self.sd * math.tan(phi[0].item())
+            self.seen.append((sigma, self.sd * y))
+        return self.net(y, phi)
 
 
 # Goes up when one of the samplers above gives other images than before. Kept images carry it, so
@@ -3844,6 +3869,44 @@ def pyplot():
     return plt
 
 
+# The colour and the marker of each method, the same in all figures. The colours are those of Okabe
+# and Ito, which the colour-blind can tell apart. The markers tell methods apart without any colour.
+METHOD_STYLES = {
+    "standard": ("#000000", "s"),
+    "unseen": ("#888888", "P"),
+    "obt-rel": ("#0072B2", "o"),
+    "obt": ("#E69F00", "^"),
+    "ort": ("#009E73", "v"),
+    "ascent": ("#D55E00", "X"),
+    "erasediff": ("#CC79A7", "D"),
+    "siss": ("#56B4E9", ">"),
+}
+# What marks a picture or a point, out of the same colours.
+FORGOTTEN = "#D55E00"  # of D_f
+KEPT = "#56B4E9"  # not of D_f
+CHANGED = "#E69F00"  # of another class than the Standard model's picture from the same noise
+
+
+def method_styles(names):
+    """Return how a figure draws each of these models: {name: options of matplotlib's plot}.
+
+    names  of methods, or of runs, which begin with their method: "obt-rel-vp-kappa2.0", "Obt-rel"
+
+    Runs of one method share its colour and marker, and differ by their lines. What belongs to no
+    method, such as real images, is a thin grey line without a marker.
+    """
+    result = {}
+    for name in names:
+        # The longest name that fits: obt-rel-vp is no run of obt.
+        fitting = [method for method in METHOD_STYLES if name.lower().startswith(method)]
+        color, marker = METHOD_STYLES[max(fitting, key=len)] if fitting else ("0.5", "")
+        styles = list(result.values())
+        num_before = sum(style["color"] == color for style in styles)
+        line = ("-", "--", ":", "-.")[num_before % 4]
+        result[name] = {"color": color, "marker": marker, "linestyle": line}
+    return result
+
+
 def draw_picture(path, draw, *args, again="", **more):
     """Draw a picture into a file, or say in one line why it could not be drawn; then go on.
 
@@ -3876,6 +3939,38 @@ def save_figure(fig, path, **options):
         pyplot().close(fig)  # it would stay in memory otherwise
 
 
+def save_animation(fig, path, show, num_frames, seconds=0.15, last=3.0):
+    """Save the pictures that a figure goes through as a GIF, whole or not at all, and close it.
+
+    path        of the file
+    show        function of k that changes the figure into picture k, of 0 ... num_frames - 1
+    seconds     that each picture stands
+    last        seconds that the last one stands, before all begins again
+    """
+    from PIL import Image
+
+    frames = []
+    try:
+        for k in range(num_frames):
+            show(k)
+            fig.canvas.draw()
+            pixels = np.asarray(fig.canvas.buffer_rgba())[..., :3]
+            # 64 colours are enough for few hues and their shades, and make a small file.
+            frames.append(Image.fromarray(pixels.copy()).quantize(64, dither=Image.Dither.NONE))
+        durations = [round(1000 * seconds)] * (num_frames - 1) + [round(1000 * last)]
+        with whole_file(path) as unfinished:
+            frames[0].save(
+                unfinished,
+                format="GIF",
+                save_all=True,
+                append_images=frames[1:],
+                duration=durations,
+                loop=0,  # for ever
+            )
+    finally:
+        pyplot().close(fig)
+
+
 def plain_text(name):
     """Return a user's text in the form in which a figure shows it as it is.
 
@@ -3895,19 +3990,25 @@ def short_name(name):
 
 
 def label_corner(ax, left, top, name, is_forgotten):
-    """Write the short name of a class into the upper left corner of an image, in red if forgotten.
+    """Write the short name of a class into the upper left corner of an image: a label.
 
-    left and top are the pixel of the corner within the picture that `ax` shows.
+    left and top are the pixel of the corner within the picture that `ax` shows. A class that was to
+    be forgotten stands in a filled box, so that it can be told from the others without colours.
     """
-    color = "#ff4040" if is_forgotten else "#60c060"
+    color = KEPT
+    box = None
+    if is_forgotten:
+        color = "white"
+        box = {"facecolor": FORGOTTEN, "edgecolor": "none", "pad": 1}
     ax.text(
         left + 1,
         top + 1,
         plain_text(short_name(name)),
         color=color,
-        fontsize=7,
+        fontsize=8,
         va="top",
         fontweight="bold",
+        bbox=box,
     )
 
 
@@ -3961,11 +4062,22 @@ class Parser(argparse.ArgumentParser):
 
     example = ""  # a whole command, to be shown when a required flag is missing
     leave_out = ()  # names of flags that are not added: a script has no use for them
+    helps = {}  # {flag: help}, where a script has other words than all scripts
 
     def add_argument(self, *names, **options):
-        """Add a flag, unless it is to be left out, and return what argparse returns."""
+        """Add a flag, unless it is to be left out, and return what argparse returns.
+
+        A default that argparse knows is added to the help. Others depend on the data set or on the
+        method: there the help has to name them.
+        """
         if names[0] in self.leave_out:
             return None
+        text = self.helps.get(names[0], options.get("help"))
+        default = options.get("default")
+        if text and default is not None and "action" not in options and "(default" not in text:
+            values = default if isinstance(default, (list, tuple)) else [default]
+            text += f" (default: {' '.join(map(str, values))})"
+        options["help"] = text
         return super().add_argument(*names, **options)
 
     def _get_values(self, action, arg_strings):
@@ -4027,15 +4139,17 @@ def refuse_resume_and_overwrite(args):
 MAX_SEED = 2**63 - 1  # PyTorch takes no larger seed
 
 
-def parser(doc, leave_out=(), **defaults):
+def parser(doc, leave_out=(), helps=None, **defaults):
     """Return a Parser with the flags that every script has; a script adds its own.
 
     doc        description for --help, with its line breaks
     leave_out  those of these flags that the script does not have
+    helps      {flag: what it means in the script}, where that is not the same for all
     defaults   other default values of these flags
     """
     p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.leave_out = leave_out
+    p.helps = helps or {}
     p.add_argument("--dataset", default="mnist", help=f"one of: {', '.join(RECIPES)}")
     p.add_argument(
         "--data-dir",
@@ -4047,16 +4161,8 @@ def parser(doc, leave_out=(), **defaults):
         "cannot be written to)",
     )
     p.add_argument("--steps", type=number(int, 1), help="training steps")
-    p.add_argument(
-        "--batch-size",
-        type=number(int, 2, 10**6),
-        help="images a step (03: of D_g and of D_f each)",
-    )
-    p.add_argument(
-        "--lr",
-        type=number(float, SMALLEST, 1),
-        help="peak learning rate of Adam",
-    )
+    p.add_argument("--batch-size", type=number(int, 2, 10**6), help="images a step")
+    p.add_argument("--lr", type=number(float, SMALLEST, 1), help="peak learning rate of Adam")
     p.add_argument(
         "--grad-accum",
         type=number(int, 1),
@@ -4068,13 +4174,13 @@ def parser(doc, leave_out=(), **defaults):
         action="store_true",
         help="torch.compile the network that trains: a minute more at the start, faster on CUDA",
     )
-    p.add_argument("--seed", type=number(int, 0, MAX_SEED), default=0)
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_seed(p)
     p.add_argument(
-        "--out",
-        default="out",
-        help="root of everything that is written (default: out)",
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where PyTorch computes, such as cpu, cuda, cuda:1 or mps",
     )
+    add_out(p)
     add_overwrite(p)
     p.add_argument(
         "--quick",
@@ -4121,7 +4227,8 @@ def add_fid(p):
     p.add_argument(
         "--inception-weights",
         metavar="PATH",
-        help="--fid without network: the file of Inception's weights, which you trust",
+        help="--fid without network: the file of Inception's weights, which you trust "
+        "(default: downloaded)",
     )
 
 
@@ -4139,13 +4246,26 @@ def refuse_missing_fid(args):
         )
 
 
+def add_seed(p):
+    """Add the flag --seed to a Parser."""
+    text = "of all random numbers: another seed is another try"
+    p.add_argument("--seed", type=number(int, 0, MAX_SEED), default=0, help=text)
+
+
+def add_out(p):
+    """Add the flag --out to a Parser."""
+    p.add_argument("--out", default="out", help="root of everything that is written")
+
+
 def add_overwrite(p):
     """Add the flag --overwrite to a Parser."""
     p.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace what was made with other settings, begin again what was stopped",
+        "--overwrite", action="store_true", help="replace what was made with other settings"
     )
+
+
+# The help of --overwrite where a training can be resumed.
+OVERWRITE_OR_RESUME = "replace what was made with other settings, begin again what was stopped"
 
 
 def add_forget(p, script, verb):

@@ -61,27 +61,40 @@ YARDSTICKS = ("euler-maruyama", "pc")
 def arguments(argv):
     """Read the command line, and fill what the user left open."""
     p = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--json", metavar="FILE", help="run the benchmark and write its figures here")
+    p.add_argument(
+        "--json", metavar="FILE", help="measure the speed and write it here (default: it is not)"
+    )
     p.add_argument(
         "--samplers", action="store_true", help="measure the Frechet distance of every sampler"
     )
     p.add_argument(
-        "--samplers-file", default=str(common.HERE / "assets" / "samplers.json"), metavar="FILE"
+        "--samplers-file",
+        default=str(common.HERE / "assets" / "samplers.json"),
+        metavar="FILE",
+        help="--samplers writes it, and --json reads it (default: assets/samplers.json)",
     )
-    p.add_argument("--n", type=common.number(int, 20, 10**6), help="--samplers: samples a seed")
     p.add_argument(
-        "--images", type=common.number(int, 1), help="--json: test images of the likelihood"
+        "--n",
+        type=common.number(int, 20, 10**6),
+        help="--samplers: samples a seed (default: 1000)",
+    )
+    p.add_argument(
+        "--images",
+        type=common.number(int, 1),
+        help="--json: test images of the likelihood (default: 32)",
     )
     p.add_argument(
         "--rk4",
         type=common.number(int, 1, 10**4),
         help="--json: steps of our likelihood, four evaluations each (default: 16)",
     )
-    p.add_argument("--dataset", default="mnist")
-    p.add_argument("--data-dir")
-    p.add_argument("--cache-dir")
-    p.add_argument("--seed", type=common.number(int, 0, common.MAX_SEED), default=0)
-    p.add_argument("--device", default="cpu")
+    p.add_argument("--dataset", default="mnist", help=f"one of: {', '.join(common.RECIPES)}")
+    p.add_argument("--data-dir", help="folder that holds the data set (default: data/)")
+    p.add_argument(
+        "--cache-dir", help="folder for decoded pictures (default: beside the data, or in --out)"
+    )
+    common.add_seed(p)
+    p.add_argument("--device", default="cpu", help="where PyTorch computes, such as cpu or cuda")
     p.add_argument(
         "--compile",
         action="store_true",

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from PIL import Image, ImageSequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -147,6 +148,18 @@ def refuse_constant(word):
 def parse_json(text):
     """Parse JSON as strictly as other languages do: Python alone knows NaN and Infinity."""
     return json.loads(text, parse_constant=refuse_constant)
+
+
+def read_animation(path):
+    """The pictures of a GIF as bytes, and how many seconds each stands; it has to begin again."""
+    pictures = []
+    seconds = []
+    with Image.open(path) as animation:
+        assert animation.info["loop"] == 0
+        for frame in ImageSequence.Iterator(animation):
+            pictures.append(frame.convert("RGB").tobytes())
+            seconds.append(frame.info["duration"] / 1000)
+    return pictures, seconds
 
 
 def read_json(path):

@@ -1409,27 +1409,28 @@ def one_percent_cell(table, curve):
 def figure(table, path):
     """Draw UR against FD: a curve for each method over its weights, from seed 0.
 
-    Crosses are other seeds at the chosen weight, dashed curves have 1000 steps. Where no sample was
-    judged a 3, UR is drawn as 0.05 %.
+    Small markers are other seeds at the chosen weight, dashed curves have 1000 steps. Where no
+    sample was judged a 3, UR is drawn as 0.05 %.
     """
     plt = common.pyplot()
     fig, ax = plt.subplots(figsize=(8, 4.4))
-    methods = list(WEIGHTS)
+    styles = common.method_styles(WEIGHTS)
+    small = {"ls": "", "ms": 4}
     for curve in curves(table):
-        color = f"C{methods.index(curve.method)}"
-        style = {"ls": "-", "label": curve.method}
+        style = {**styles[curve.method], "ms": 7, "label": curve.method}
         if curve.steps != 200:
-            style = {"ls": "--", "mfc": "white"}
+            style |= {"linestyle": "--", "mfc": "white", "label": None}
         ur, fd_ratio = zip(*points_of(table, curve.method, curve.name))
-        ax.plot(ur, fd_ratio, marker="o", color=color, ms=5, **style)
+        ax.plot(ur, fd_ratio, **style)
+        color, marker = common.METHOD_STYLES[curve.method]
         for key in seed_names(table, curve.name(curve.best)):
-            ax.plot(*point(table[key]), "x", color=color, ms=6)
+            ax.plot(*point(table[key]), marker, color=color, **small)
 
     # Empty curves, for the legend alone.
-    ax.plot([], [], "o--", color="0.4", ms=5, mfc="white", label="1000 steps")
-    ax.plot([], [], "x", color="0.4", ms=6, label="other seeds")
-    ax.axvline(1, color="0.7", lw=1)
-    ax.axhline(1, color="0.7", lw=1)
+    ax.plot([], [], "o--", color="0.4", ms=7, mfc="white", label="1000 steps")
+    ax.plot([], [], "o", color="0.4", **small, label="small: other seeds")
+    ax.axvline(1, color="0.6", lw=1)
+    ax.axhline(1, color="0.6", lw=1)
     ax.set(
         xscale="log",
         yscale="log",
@@ -1450,16 +1451,13 @@ def angle_figure(table, path):
     """Draw group angles: cosine and ratio of lengths over sigma, on D_g and on D_f."""
     plt = common.pyplot()
     fig, axes = plt.subplots(2, 2, figsize=(8, 5.2), sharex=True, sharey="row")
-    methods = list(WEIGHTS)
-    rows = {
-        key: table[f"angles/{key}"] for key in ("standard", *methods) if f"angles/{key}" in table
-    }
-    for label, result in rows.items():
-        color = "black" if label == "standard" else f"C{methods.index(label)}"
+    keys = [key for key in ("standard", *WEIGHTS) if f"angles/{key}" in table]
+    for label, style in common.method_styles(keys).items():
+        result = table[f"angles/{label}"]
         for column, key in enumerate("gf"):
             sigma, cosine, ratio = zip(*result[key])
-            axes[0, column].plot(sigma, cosine, color=color, label=label)
-            axes[1, column].plot(sigma, ratio, color=color)
+            axes[0, column].plot(sigma, cosine, **style, ms=4, label=label)
+            axes[1, column].plot(sigma, ratio, **style, ms=4)
     for ax, title in zip(axes[0], ("D_g, kept", "D_f, forgotten")):
         ax.set(title=title, xscale="log")
         ax.axhline(0, color="0.7", lw=1)
@@ -1556,7 +1554,8 @@ def arguments(argv):
     p.add_argument(
         "--only",
         metavar="GROUP[/METHOD]",
-        help=f"one of: {', '.join(GROUPS)}; of a group of runs also one method, e.g. vp/ort",
+        help=f"one of: {', '.join(GROUPS)}; of a group of runs also one method, e.g. vp/ort "
+        "(default: all)",
     )
     p.add_argument("--list", action="store_true", help="show what is done and what is missing")
     p.add_argument("--draw", action="store_true", help="tables and figure of what is done")

@@ -344,11 +344,26 @@ def name_as_transformers_4(path):
     save_file(weights, path, metadata={"format": "pt"})
 
 
+def arguments(argv):
+    """Read the command line."""
+    p = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument(
+        "--out",
+        type=Path,
+        default=common.HERE / "data/mnist_t2i",
+        help="folder of the pipeline (default: data/mnist_t2i)",
+    )
+    p.add_argument(
+        "--work",
+        type=Path,
+        default=common.HERE / "out/mnist_t2i_training",
+        help="where a training that was stopped goes on (default: out/mnist_t2i_training)",
+    )
+    return p.parse_args(argv)
+
+
 def main():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--out", type=Path, default=common.HERE / "data/mnist_t2i")
-    p.add_argument("--work", type=Path, default=common.HERE / "out/mnist_t2i_training")
-    args = p.parse_args()
+    args = arguments(sys.argv[1:])
     common.use_all_cores()
     torch.manual_seed(0)
     common.make_folder(args.work)

@@ -838,7 +838,6 @@ MAKE_7 = "python 03_unlearn.py --dataset mnist --forget 7"
         ),
         pytest.param("--forget 3 --sigmas 1", "--sigmas", id="sigmas of another task"),
         pytest.param("--forget 3 --paper --resample 2", "--resample", id="resample and paper"),
-        pytest.param("--forget 3 --lr 0.1", "--lr", id="lr"),
         pytest.param("--forget 3 --task reconstruct --sigmas 0", "--sigmas", id="sigma"),
         pytest.param("--forget 3 --n 5000", "1,010 images", id="n"),
         pytest.param("--forget 3 --steps 0", "--steps", id="steps"),

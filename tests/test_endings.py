@@ -17,10 +17,14 @@ from conftest import (
     check_refusal,
     check_success,
     load_script,
+    load_weights,
+    read_animation,
     run_function,
     run_process,
     run_script,
+    same_weights,
 )
+from PIL import Image
 
 import common
 
@@ -117,14 +121,17 @@ def check_pictures(folder, *names):
 
 def test_03_draws_any_class_name(tmp_path, noise):
     script = load_script("03")
-    samples = script["Samples"](noise, awkward_verdict())
+    samples = script["Samples"](noise, awkward_verdict(), [(1.0, noise)])
     data = script["Data"].__new__(script["Data"])
     data.class_names = AWKWARD_CLASSES
-    data.forget_classes = [0]
-    args = load_script("03")["flags"]().parse_args(["--forget", *AWKWARD_CLASSES[:4], "$$"])
+    data.forget_classes = [0, 5]
+    data.forget_names = [AWKWARD_CLASSES[0], AWKWARD_CLASSES[5]]
+    data.images = noise
+    argv = ["--animate", "--forget", *AWKWARD_CLASSES[:4], "$$"]
+    args = load_script("03")["flags"]().parse_args(argv)
     losses = torch.rand(5, 2)
     script["draw_pictures"](args, data, tmp_path, samples, samples, losses, "again")
-    check_pictures(tmp_path, "before_after.png", "curves.png")
+    check_pictures(tmp_path, "before_after.png", "curves.png", "flow.gif")
 
 
 def test_04_draws_any_class_name(tmp_path, noise):
@@ -242,6 +249,133 @@ def test_redraw_makes_the_same_picture_and_trains_nothing(tmp_path, small_base, 
     monkeypatch.setattr(common, "guarded_step", None)
     check_success(run_script("03", *TINY, "--redraw", "--out", tmp_path))
     assert {path.name: path.read_bytes() for path in picture.parent.iterdir()} == before
+
+
+def test_animate_changes_nothing_but_adds_the_animation(tmp_path, small_base):
+    """The same samples and weights with it and without it; --redraw makes the same animation."""
+    check_success(run_script("03", *TINY, "--out", tmp_path))
+    (picture,) = tmp_path.rglob("before_after.png")
+    folder = picture.parent
+    names = {path.name for path in folder.iterdir()}
+    assert "flow.gif" not in names
+    before = [picture.read_bytes(), load_weights(folder / "model.pt")]
+
+    check_success(run_script("03", *TINY, "--animate", "--out", tmp_path))
+    assert {path.name for path in folder.iterdir()} == names | {"flow.gif"}
+    assert picture.read_bytes() == before[0]
+    assert same_weights(load_weights(folder / "model.pt"), before[1])
+    animation = folder / "flow.gif"
+    made = animation.read_bytes()
+
+    animation.unlink()
+    check_success(run_script("03", *TINY, "--redraw", "--animate", "--out", tmp_path))
+    assert animation.read_bytes() == made
+
+
+def test_the_animation_ends_with_the_samples(tmp_path):
+    """Its last picture is of the images themselves. Those that the left side makes D_f come first.
+
+    Image i is a plane of the brightness 16 i, so that a pixel of the picture tells which it is.
+    """
+    unlearn = load_script("03")
+    images = torch.arange(8, dtype=torch.uint8)[:, None, None, None].expand(8, 1, 28, 28) * 17
+    noise = torch.zeros_like(images)
+    labels = torch.tensor([0, 1, 0, 0, 0, 3, 0, 3])  # the images 5 and 7 are of D_f
+
+    def samples(labels):
+        verdict = common.Verdict(labels, torch.ones(8), torch.zeros(8, 2), torch.ones(8))
+        way = [(80.0, images), (5.0, noise), (0.1, noise + 255)]
+        return unlearn["Samples"](images, verdict, way)
+
+    data = argparse.Namespace(
+        forget_classes=[3], forget_names=["3"], class_names=list("0123456789"), images=images
+    )
+    path = tmp_path / "flow.gif"
+    both = (samples(labels), samples(torch.zeros(8, dtype=torch.int64)))
+    unlearn["draw_flow"](path, data, *both, columns=4)
+    pictures, seconds = read_animation(path)
+    assert len(pictures) == 3, "80 is only noise; 5, 0.1 and the samples are shown"
+    assert seconds[-1] >= 2
+
+    with Image.open(path) as animation:
+        width, height = animation.size
+        animation.seek(2)
+        last = np.asarray(animation.convert("RGB"))
+    # Along the middle of the upper row of the left side: each image has a shade of its own.
+    row = last[int(0.35 * height), : width // 2, 0].astype(int)
+    shades = [row[int((k + 0.5) * len(row) / 4)] for k in range(4)]
+    assert shades == pytest.approx([5 * 17, 7 * 17, 0, 17], abs=4)
+
+
+# ---- colours and markers -------------------------------------------------------------------------
+
+
+def test_each_method_has_its_colour_and_its_marker_everywhere():
+    methods = {"standard", *load_script("03")["METHODS"]}
+    assert methods == set(common.METHOD_STYLES)
+    for column in zip(*common.METHOD_STYLES.values()):
+        assert len(set(column)) == len(methods)
+
+
+def test_runs_have_the_style_of_their_method_and_lines_of_their_own():
+    names = ["Standard", "obt-rel-vp", "obt-vp", "obt-rel-vp-kappa2.0", "Obt", "real D_g"]
+    styles = common.method_styles(names)
+    found = [(style["color"], style["marker"]) for style in styles.values()]
+    of = common.METHOD_STYLES
+    assert found[:5] == [of["standard"], of["obt-rel"], of["obt"], of["obt-rel"], of["obt"]]
+    assert styles["real D_g"]["marker"] == ""
+    assert styles["obt-rel-vp"]["linestyle"] != styles["obt-rel-vp-kappa2.0"]["linestyle"]
+    assert styles["obt-vp"]["linestyle"] != styles["Obt"]["linestyle"]
+
+
+def test_a_class_to_forget_can_be_told_without_colours(axes):
+    """It alone stands in a box."""
+    for is_forgotten in (True, False):
+        common.label_corner(axes, 0, 0, "3", is_forgotten)
+    boxes = [text.get_bbox_patch() for text in axes.texts]
+    assert boxes[0] is not None
+    assert boxes[1] is None
+
+
+def texts_outside(fig):
+    """The texts of a figure that its edges cut."""
+    fig.canvas.draw()
+    edges = fig.bbox
+    texts = [artist for artist in fig.findobj(common.pyplot().Text) if artist.get_text()]
+    outside = []
+    for text in texts:
+        box = text.get_window_extent()
+        is_inside = edges.x0 <= box.x0 and box.x1 <= edges.x1
+        is_inside &= edges.y0 <= box.y0 and box.y1 <= edges.y1
+        if text.get_visible() and not is_inside:
+            outside.append(text.get_text())
+    return outside
+
+
+@pytest.mark.parametrize("num_runs", [1, 4])
+def test_the_title_of_restored_images_is_not_cut(num_runs, tmp_path, monkeypatch):
+    """With one run the picture is narrow, and with a run of many flags its name is long."""
+    script = load_script("05")
+    names = ["Standard", *[f"Obt-rel-vp-kappa2.{i}-steps1000" for i in range(num_runs)]]
+    images = torch.zeros(8, 1, 28, 28, dtype=torch.uint8)
+    labels = torch.tensor([3] * 4 + [1] * 4)
+    verdict = common.Verdict(labels, torch.ones(8), torch.zeros(8, 2), torch.ones(8))
+    setup = argparse.Namespace(
+        args=argparse.Namespace(n=4),
+        images=images,
+        labels=labels,
+        hidden=torch.ones(1, 28, 28, dtype=torch.bool),
+        has_hole=True,
+        classes=list("0123456789"),
+        forget=[3],
+    )
+    restored = dict.fromkeys(names, images)
+    attempt = script["Attempt"]("repaint", restored, dict.fromkeys(names, verdict))
+    found = []
+    monkeypatch.setattr(common, "save_figure", lambda fig, *_, **__: found.append(fig))
+    script["draw_pictures"](tmp_path / "pictures.png", setup, attempt)
+    assert texts_outside(found[0]) == []
+    common.pyplot().close(found[0])
 
 
 def test_redraw_without_a_run_names_the_command(tmp_path):

@@ -375,3 +375,47 @@ def test_each_batch_starts_from_its_own_noise_of_the_seed(sde):
 def test_to_bytes_keeps_what_is_out_of_range_at_the_ends():
     x = torch.tensor([-5.0, -1.0, 0.0, 1.0, 5.0])
     assert common.to_bytes(x).tolist() == [0, 0, 128, 255, 255]
+
+
+# ---- the way of the samples ----------------------------------------------------------------------
+
+
+def draw_by_ancestral(net, noise):
+    """Samples of DDPM by 6 evaluations; its noise levels fall from about 160 to 0.01."""
+    generator = common.rng(1)
+    return common.pc_sample(
+        net, common.DDPM(), noise, 5, "ancestral", corrector=None, generator=generator
+    )
+
+
+def draw_by_dpmpp(net, noise):
+    """Samples by 6 evaluations from sigma = 80 on."""
+    return common.dpmpp_sample(net, noise, common.karras_sigmas(6, 80.0), 1.0, common.rng(1))
+
+
+@pytest.mark.parametrize("draw", [draw_by_ancestral, draw_by_dpmpp])
+def test_a_recorder_sees_the_way_from_noise_to_the_sample(draw, gaussian):
+    """The sample is the same as without it. The way starts with the noise and ends near the sample.
+
+    Near: what is left is noise of sigma = 0.01.
+    """
+    noise = torch.randn(50, 2, generator=common.rng(0), dtype=torch.float64)
+    recorder = common.Recorder(gaussian)
+    x = draw(recorder, noise)
+    assert torch.equal(x, draw(gaussian, noise))
+    sigmas = [sigma for sigma, _ in recorder.seen]
+    assert len(sigmas) == 6
+    assert sigmas == sorted(sigmas, reverse=True)
+    assert sigmas[0] > 50
+    assert sigmas[-1] == pytest.approx(0.01, rel=1e-3)
+    first = recorder.seen[0][1]
+    last = recorder.seen[-1][1]
+    assert torch.allclose(first, gaussian.sd * noise, rtol=1e-2, atol=1e-2)
+    assert (last - x).abs().max() < 0.1
+
+
+def test_a_recorder_keeps_no_more_than_it_is_told(gaussian):
+    recorder = common.Recorder(gaussian, limit=4)
+    draw_by_dpmpp(recorder, torch.zeros(3, 2, dtype=torch.float64))
+    assert len(recorder.seen) == 4
+    assert recorder.seen[0][0] == pytest.approx(80, rel=1e-3)

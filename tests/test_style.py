@@ -9,6 +9,7 @@ import ast
 import functools
 import io
 import os
+import re
 import sys
 import tokenize
 from pathlib import Path
@@ -175,6 +176,28 @@ def is_condition(node, switches):
     return name in switches | {"bool", "isinstance", "any", "all"} or name.startswith("is_")
 
 
+COLOUR_WORDS = ("color", "edgecolor", "facecolor", "markeredgecolor", "mec", "mfc", "c")
+NO_COLOUR = re.compile(r"black|white|none|k|w|0(\.\d+)?|1")  # a grey is a number from 0 to 1
+
+
+def find_own_colours(source):
+    """Colours mean the same in all figures, so they come from common.METHOD_STYLES and its like."""
+    for node in nodes(source):
+        pairs = []
+        if isinstance(node, ast.keyword):
+            pairs = [(node.arg, node.value)]
+        if isinstance(node, ast.Dict):
+            keys = [getattr(key, "value", None) for key in node.keys]
+            pairs = list(zip(keys, node.values))
+        for name, value in pairs:
+            is_text = isinstance(value, ast.JoinedStr) or isinstance(
+                getattr(value, "value", None), str
+            )
+            text = getattr(value, "value", "of an f-string")
+            if name in COLOUR_WORDS and is_text and not NO_COLOUR.fullmatch(str(text)):
+                yield value.lineno, f"a colour of its own: {text}"
+
+
 # ---- rules for common.py and the numbered scripts ------------------------------------------------
 
 
@@ -245,6 +268,7 @@ RULES = {
     "walrus in calls": find_walrus_in_calls,
     "assigned lambdas": find_assigned_lambdas,
     "strings times conditions": find_strings_times_conditions,
+    "own colours": find_own_colours,
 }
 TOP_LEVEL_RULES = {
     "other packages": find_other_packages,
@@ -315,6 +339,9 @@ BAD = [
     ("strings times conditions", "x = ' --quick' * args.quick"),
     ("strings times conditions", "def f(packed=True): return '.gz' * packed"),
     ("strings times conditions", "add('--from-scratch', action='store_true'); 's' * from_scratch"),
+    ("own colours", "ax.plot(x, y, color='red')"),
+    ("own colours", "ax.plot(x, y, color=f'C{k}')"),
+    ("own colours", "style = {'edgecolor': '#d05050'}"),
     ("other packages", "import scipy"),
     ("other packages", "from PIL import Image"),
     ("other packages", "import torch, scipy.linalg"),
@@ -336,6 +363,8 @@ GOOD = [
     ("assigned lambdas", "x = sorted(y, key=lambda z: -z)"),
     ("strings times conditions", "x = '-' * width"),
     ("strings times conditions", "x = '-' * (len(y) + 1)"),
+    ("own colours", "ax.plot(x, y, color='0.5', mec='black', **style)"),
+    ("own colours", "ax.plot(x, y, color=common.FORGOTTEN)"),
     ("other packages", "import os\nimport torch.nn\nfrom torchvision import datasets"),
     ("other packages", "def f():\n    import diffusers"),
     ("missing comments", COMMENTED),

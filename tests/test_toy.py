@@ -5,7 +5,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import check_refusal, check_success, quick, read_json, run_script
+from conftest import (
+    check_refusal,
+    check_success,
+    quick,
+    read_animation,
+    read_json,
+    run_script,
+)
 
 PAPER = ([[-2, -2], [0, 0], [2, 2]], [0.8, 0.4, 0.8], [1])  # means, weights, which to forget
 OTHER = ([[-3, 0], [0, 0], [3, 0], [0, 2]], [2, 1, 3, 1], [1, 3])
@@ -246,7 +253,16 @@ def table(quick_run):
 
 def test_which_files_are_written(quick_run):
     names = {path.name for path in quick_run.iterdir()}
-    assert names == {"table.json", "panels.png", "frontier.png"}
+    assert names == {"table.json", "panels.png", "frontier.png", "flow.gif"}
+
+
+def test_the_animation_ends_with_samples_and_is_small(quick_run):
+    """More than a few pictures, all different; the last one stands long enough to be read."""
+    pictures, seconds = read_animation(quick_run / "flow.gif")
+    assert len(pictures) > 10
+    assert len(set(pictures)) == len(pictures)
+    assert seconds[-1] >= 2 > seconds[0]
+    assert (quick_run / "flow.gif").stat().st_size < 1.5e6
 
 
 def test_the_table_has_a_row_for_each_method(table):

@@ -1256,12 +1256,12 @@ def plot_curves(path, losses, title):
     for ax, curve, name in zip(axes, losses.T.cpu().numpy(), names):
         steps = np.flatnonzero(np.isfinite(curve))  # not every step needs to have an L_f
         values = curve[steps]
-        ax.plot(steps, values, color="0.8")
+        ax.plot(steps, values, color="0.7")
         window = min(20, len(values))
         if window > 0:
             # "valid": a mean only where the window is full, so it starts at value window - 1.
             mean = np.convolve(values, np.ones(window) / window, "valid")
-            ax.plot(steps[window - 1 :], mean)
+            ax.plot(steps[window - 1 :], mean, color="black")
         ax.set_xlabel("step")
         ax.set_title(name, fontsize=10)
     fig.suptitle(title, fontsize=10)

@@ -191,7 +191,7 @@ def test_no_argument_is_overlooked(speller, tmp_path, number, short):
             "measure",
             "n",
         },
-        "03": {"device", "cache_dir", "overwrite", "redraw", "resume"},
+        "03": {"device", "cache_dir", "overwrite", "redraw", "resume", "animate"},
     }
     assert set(args) == set(speller["HYPER_PARAMETERS"][number]) | elsewhere[number]
 

@@ -17,6 +17,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import functools
 import json
 import re
 import sys
@@ -345,6 +346,12 @@ for name in ("ve", "ddpm", "scratch", "nll", "noise", "paper", "instead", "angle
     TABLES[name] = partial(group, name)
 
 
+@functools.cache
+def lines_of(name):
+    """Return the lines of one table; each is made once."""
+    return list(TABLES[name]())
+
+
 def anew(text):
     """Return the text of a page with every marked table made anew."""
 
@@ -352,7 +359,7 @@ def anew(text):
         comment, name, _ = match.groups()
         if name not in TABLES:
             common.exit_with_error(f"there is no table {name}; choose from: {', '.join(TABLES)}")
-        return comment + "".join(f"{line}\n" for line in TABLES[name]())
+        return comment + "".join(f"{line}\n" for line in lines_of(name))
 
     return MARKED_TABLE.sub(made, text)
 
@@ -372,7 +379,7 @@ def main(argv=None):
     """Print one table, or write all of them into the pages."""
     args = arguments(argv)
     if args.table:
-        print(*TABLES[args.table](), sep="\n")
+        print(*lines_of(args.table), sep="\n")
         return
     for page in PAGES:
         path = common.HERE / page

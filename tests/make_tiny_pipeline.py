@@ -364,6 +364,9 @@ def arguments(argv):
 
 def main():
     args = arguments(sys.argv[1:])
+    if args.out.exists() and not (args.out / "model_index.json").is_file():
+        # The folder is replaced as a whole.
+        common.exit_with_error(f"--out {args.out} is there and no pipeline: name another folder")
     common.use_all_cores()
     torch.manual_seed(0)
     common.make_folder(args.work)

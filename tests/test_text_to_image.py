@@ -397,6 +397,10 @@ def test_on_cuda_the_trained_weights_lose_no_digit(train, pipeline, tmp_path, mo
     monkeypatch.setattr(common, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
     args.device = "cpu"
     unet.train()
+    text = model.texts[FORGET].expand(3, -1, -1)
+    t, _, x_t = NAMES["noised"](model, torch.randn(3, 4, 8, 8))
+    both = [NAMES["estimate"](model, x_t, t, text, is_frozen) for is_frozen in (False, True)]
+    assert torch.equal(*both)
     batch_g = part_g.draw(2, model.texts)
     loss, _, _ = NAMES["objective"](args, model, batch_g, part_f.draw(2, model.texts))
     loss.backward()
@@ -588,11 +592,13 @@ def test_resnet_is_read_from_a_local_file(tmp_path):
         assert judge.class_of(f"a photo of a {name}") is not None, name
     pictures = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     verdict = judge.verdict(pictures)
-    prepare = ResNet50_Weights.IMAGENET1K_V2.transforms()
+    prepared = ResNet50_Weights.IMAGENET1K_V2.transforms()(pictures)
     with torch.no_grad():
-        logits = net(prepare(pictures))
-    assert torch.equal(logits.argmax(1), verdict.labels)
-    assert torch.allclose(logits.softmax(1).amax(1), verdict.confidence, rtol=0.01)
+        assert torch.equal(net(prepared).argmax(1), verdict.labels)
+    mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+    std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    levels = 255 * (prepared * std + mean)
+    assert (levels - judge.prepare(pictures)).abs().max() <= 1.01
     assert verdict.features.shape == (2, 2048)
 
 
@@ -790,6 +796,16 @@ def test_the_folder_of_a_run_names_what_was_chosen(pipeline, tmp_path):
     assert names[-1] == "erasediff-pseudo-a_photo_of_a_eight"
     assert not any(" " in name for name in names)
     assert len(set(names)) == len(names)
+
+
+def test_the_tiny_pipeline_replaces_no_folder_of_others(tmp_path, monkeypatch, capsys):
+    (tmp_path / "letter.txt").write_text("mine")
+    monkeypatch.setattr("sys.argv", ["make_tiny_pipeline.py", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        make_tiny().main()
+    assert stop.value.code == 2
+    assert "name another folder" in capsys.readouterr().err
+    assert (tmp_path / "letter.txt").read_text() == "mine"
 
 
 # ---- the table of all methods --------------------------------------------------------------------

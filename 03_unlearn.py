@@ -2,6 +2,8 @@
 
     python 03_unlearn.py --dataset mnist --forget 3                # 4 minutes on 2 CPU cores
     python 03_unlearn.py --dataset mnist --forget 3 7 --sde ve     # two classes, another noise
+    python 03_unlearn.py --dataset mnist --forget 3 --until 0.5    # half a percent of samples
+    python 03_unlearn.py --dataset mnist --forget 3 --steps 260    # a fixed length and strength
     python 03_unlearn.py --dataset mnist --forget 3 --method ort   # the paper's: ort, obt
     python 03_unlearn.py --dataset mnist --forget 3 --method siss  # or unseen, erasediff, ascent
     python 03_unlearn.py --dataset mnist --forget 3 --method obt --from-scratch
@@ -20,6 +22,10 @@ Changes from 02: two data sets instead of one, two losses instead of one, and th
 model. `grep "<-- 03" 03_unlearn.py` lists the places. `diff 02_train_sde.py 03_unlearn.py` shows
 what they replace in 02; what is not marked there concerns flags, files, measures and pictures.
 
+How long, and how hard? With --until, the default of obt-rel, nobody has to know. Now and then the
+run looks at its own samples. It pushes harder while too many of them show what is to be forgotten,
+and less where a kept class suffers. It ends when half of what was wished for is left, see `steer`.
+
 With MNIST there is nothing to download. All noise processes (--sde) start from the same checkpoint.
 siss, erasediff, ascent and unseen are rivals of the paper's methods. --from-scratch starts from
 random weights and minimises both losses from the first step on. An attribute of CelebA can also be
@@ -27,12 +33,13 @@ forgotten by its absence: not_bangs.
 
 Writes out/<dataset>/forget-<names>/<method>-<sde>[-<flag><value>...][-scratch][-s<seed>]/, where a
 flag is named if it was given and changes the model: model.pt, result.json, log.jsonl, curves.png,
-before_after.png, with --animate flow.gif. Expect with --forget 3: see README. A run that made
-things worse ends with status 1, and goes into a folder of its own, <name>-worse. Worse means more
-of what was to be forgotten than before, half of the samples rubbish, or another class gone. A
-finished run of other settings, such as --n, is replaced only with --overwrite. A run that was
-stopped has left <name>.resume.pt beside its folder. --resume goes on from there, to the same
-weights as if nothing had happened.
+before_after.png, with --animate flow.gif. Expect with --forget 3: see README. A run with --until
+that does not come to its wish says what stood in the way ("not reached"), and ends with status 1;
+its best state is saved. A run that made things worse ends with status 1 too, and goes into a folder
+of its own, <name>-worse. Worse means more of what was to be forgotten than before, half of the
+samples rubbish, or another class gone. A finished run of other settings, such as --n, is replaced
+only with --overwrite. A run that was stopped has left <name>.resume.pt beside its folder. --resume
+goes on from there, to the same weights as if nothing had happened.
 
 Predict, then run:
   1. Which digits pay for the forgetting of 3?            (class_counts in result.json)
@@ -54,6 +61,7 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -64,7 +72,8 @@ import common
 # weights that a search found are in docs/results.md, "Every method on a common footing".
 METHODS = {  # <-- 03
     # kappa says the same as alpha, but it does not depend on how much is forgotten: see set_alpha.
-    "obt-rel": {"kappa": 2.8, "lr": 1e-3, "retain": "distill"},
+    # It is that of a run with --steps: with --until it changes on the way.
+    "obt-rel": {"kappa": 2.8, "lr": 1e-3, "retain": "distill", "until": 1.0},
     "obt": {"alpha": 0.9, "lr": 3e-4},
     "ort": {"alpha": 0.95, "lr": 3e-4, "ort": "elementwise"},
     # No L_f: how much a model forgets that only goes on without D_f.
@@ -95,14 +104,16 @@ BELONGS_TO = {
 
 # ---- arguments -----------------------------------------------------------------------------------
 
-QUICK = {"steps": 5, "batch_size": 16, "n": 40, "nfe": 4}  # the defaults that differ under --quick
+MAX_STEPS = 1000  # of a run with --until
+# The defaults that differ under --quick.
+QUICK = {"steps": 5, "max_steps": 5, "batch_size": 16, "n": 40, "nfe": 4}
 
 
 def arguments(argv):
     """Read the command line: refuse what makes no sense and fill in what the user has left open."""
     args = flags().parse_args(argv)
     refuse(args)
-    return common.finish_args(args, defaults(args), QUICK)
+    return common.finish_args(args, defaults(args), quick_defaults(args))
 
 
 def flags():
@@ -134,6 +145,7 @@ def flags():
         action="store_true",
         help="start from random weights, not from the Standard model",
     )
+    add_length(p)  # <-- 03
     add_weights(p)  # <-- 03
     p.add_argument(
         "--log-sigma",
@@ -183,6 +195,22 @@ def flags():
     return p
 
 
+def add_length(p):  # <-- 03
+    """Add the flags of a run that ends when it has forgotten, in place of --steps."""
+    p.add_argument(
+        "--until",
+        type=common.number(float, 0.01, 100),
+        metavar="PCT",
+        help="train until at most PCT %% of the samples show what is to be forgotten "
+        "(default of obt-rel: 1); --steps instead: a fixed length",
+    )
+    p.add_argument(
+        "--max-steps",
+        type=common.number(int, 1),
+        help=f"--until: so many training steps at most (default: {MAX_STEPS})",
+    )
+
+
 def add_weights(p):  # <-- 03
     """Add the flags that say how hard each method pushes, and which of two forms Ort has."""
     p.add_argument(
@@ -194,8 +222,8 @@ def add_weights(p):  # <-- 03
     p.add_argument(
         "--kappa",
         type=common.number(float, 0, 1000),
-        help="obt-rel: the same weight, relative to the sizes of D_g and D_f (default: 2.8; 2.4 "
-        "with --sde subvp, 1.8 with ve)",
+        help="obt-rel: the same weight, relative to the sizes of D_g and D_f; with --until it stays "
+        "at this (default with --steps: 2.8; 2.4 with --sde subvp, 1.8 with ve)",
     )
     p.add_argument(
         "--eta",
@@ -234,6 +262,7 @@ def refuse(args):
     """Exit with one line if flags do not fit together."""
     common.refuse_log_sigma(args.log_sigma)
     refuse_from_scratch(args)
+    refuse_until(args)
     # EraseDiff with --alpha has a constant weight, which needs no gradients.
     weighs_gradients = args.method in ("erasediff", "siss") and args.alpha is None
     if weighs_gradients and (args.grad_accum > 1 or args.compile):
@@ -253,6 +282,21 @@ def refuse(args):
     # --no-uniform-t may stand beside --log-sigma: it asks for the times that --log-sigma describes.
     if args.uniform_t and args.log_sigma is not None:
         refuse_both("--uniform-t", "--log-sigma")
+
+
+def refuse_until(args):
+    """Exit if flags that say how long a run lasts contradict each other."""
+    if args.until is not None and args.steps is not None:
+        common.exit_with_error(
+            "--until trains as long as it takes and --steps for a fixed length: "
+            "give one of them, or --until with --max-steps"
+        )
+    if args.max_steps is not None and not ends_by_itself(args):
+        common.exit_with_error("--max-steps has no part in a run without --until; leave it out")
+    if args.until is not None and args.from_scratch:
+        common.exit_with_error(
+            "--until starts from a Standard model: leave out --from-scratch, or take --steps"
+        )
 
 
 def refuse_from_scratch(args):
@@ -281,20 +325,37 @@ def defaults(args):
     values.update(common.recipe(args.dataset)["unlearn"])
     values.update(retain="dsm", log_sigma=(0.0, 0.7), uniform_t=False, forget_every=1)
     values.update(METHODS[args.method])  # last: a method may replace what stands above
+    values["max_steps"] = MAX_STEPS
 
-    # Classes are decided near sigma = 1. L_f has most of its images there; L_g, whose t is uniform,
-    # has only 1/3 (vp), 1/4 (subvp) or 1/5 (ve) as many. The fewer it has, the harder the same
-    # kappa pushes.
-    if args.method == "obt-rel" and args.sde == "ve":
-        values["kappa"] = 1.8
-    if args.method == "obt-rel" and args.sde == "subvp":
-        values["kappa"] = 2.4
+    if args.method == "obt-rel":
+        values["kappa"] = usual_kappa(args.sde)
     if args.alpha is not None:  # alpha takes the place of either
         values.pop("kappa", None)
         values.pop("eta", None)
     if args.from_scratch:  # a training like that of 02, but shorter
         values.update(steps=3000, lr=8e-3, ema=0.999)
-    return values
+    # Either the length is fixed, or the result: then length and strength follow from it.
+    superfluous = ("steps", "kappa") if ends_by_itself(args) else ("until", "max_steps")
+    return {name: value for name, value in values.items() if name not in superfluous}
+
+
+def usual_kappa(sde):
+    """Return the kappa of a run with --steps, for the name of an SDE."""
+    # Classes are decided near sigma = 1. L_f has most of its images there; L_g, whose t is uniform,
+    # has only 1/3 (vp), 1/4 (subvp) or 1/5 (ve) as many. The fewer it has, the harder the same
+    # kappa pushes.
+    return {"ve": 1.8, "subvp": 2.4}.get(sde, METHODS["obt-rel"]["kappa"])
+
+
+def ends_by_itself(args):
+    """Return whether a run has --until, given or by default."""
+    return args.steps is None and (args.until or METHODS[args.method].get("until")) is not None
+
+
+def quick_defaults(args):
+    """Return those defaults of --quick that have a part in this run."""
+    full = defaults(args)
+    return {name: value for name, value in QUICK.items() if name in full}
 
 
 # ---- data and model ------------------------------------------------------------------------------
@@ -349,16 +410,32 @@ def split_data(args, train_set, test_set):
 
 def set_alpha(args, data):  # <-- 03
     """Turn --kappa of obt-rel into alpha, now that the sizes of D_g and D_f are known."""
-    if args.method != "obt-rel":
-        return
-    print("obt-rel: ours, not the paper's; the paper's: --method ort | obt")
-    if args.alpha is None:
-        # With score matching as L_g the optimum is  s_g + kappa p(D_f | x_t) (s_g - s_f): the exact
-        # score s_g of D_g, pushed away from s_f of D_f. Let pi_g and pi_f be the shares of D_g and
-        # D_f in the data; then
-        #     kappa = (1 - alpha) pi_g / (2 alpha pi_f),  hence  alpha = 1 / (1 + 2 kappa pi_f/pi_g)
-        ratio = len(data.index_f) / len(data.index_g)  # pi_f / pi_g
-        args.alpha = 1 / (1 + 2 * args.kappa * ratio)
+    if args.method == "obt-rel":
+        print("obt-rel: ours, not the paper's; the paper's: --method ort | obt")
+    if args.kappa is not None:
+        args.alpha = alpha_of(args.kappa, data)
+
+
+def alpha_of(kappa, data):  # <-- 03
+    """Return the alpha of obt-rel that pushes with the strength kappa."""
+    # With score matching as L_g the optimum is  s_g + kappa p(D_f | x_t) (s_g - s_f): the exact
+    # score s_g of D_g, pushed away from s_f of D_f. Let pi_g and pi_f be the shares of D_g and
+    # D_f in the data; then
+    #     kappa = (1 - alpha) pi_g / (2 alpha pi_f),  hence  alpha = 1 / (1 + 2 kappa pi_f/pi_g)
+    ratio = len(data.index_f) / len(data.index_g)  # pi_f / pi_g
+    return 1 / (1 + 2 * kappa * ratio)
+
+
+@dataclass
+class Course:  # <-- 03
+    """How a run with --until has gone so far."""
+
+    kappa: float | None = None  # how hard obt-rel pushes now; None: as hard as a flag says
+    looks: list = field(default_factory=list)  # what was seen so far, see look
+    history: list = field(default_factory=list)  # a dict for each step with looks, see pool
+    best: dict | None = None  # the state that is nearest to the wish: step, cost, figures, weights
+    has_ended: bool = False  # because it has come to its wish
+    seconds: float = 0.0  # that the looks have taken
 
 
 @dataclass
@@ -374,6 +451,8 @@ class Model:
     losses: list = field(default_factory=list)  # (2,) of each step so far: L_g and L_f
     skipped: list = field(default_factory=list)  # steps left out: their gradient was not finite
     made_from: dict = field(default_factory=dict)  # see find_sources
+    course: Course = field(default_factory=Course)  # of a run with --until  # <-- 03
+    seconds_trained: float = 0.0
     start: float = field(default_factory=time.time)  # of the run; --resume sets it back
 
 
@@ -415,6 +494,7 @@ def make_model(args, base, shape, made_from, start):
         sde=common.SDES[args.sde](),
         shape=tuple(shape),
         made_from=made_from,
+        course=Course(first_kappa(args)),  # <-- 03
         start=start,
     )
     if args.compile:
@@ -453,7 +533,7 @@ def print_settings(args, base):
     """Print which file the Standard model `base` is from, if there is one, and the settings."""
     path, _ = common.find_base(args)
     settings = []
-    for name in ("steps", "lr", "alpha", "kappa", "eta", "c"):
+    for name in ("steps", "until", "max_steps", "lr", "alpha", "kappa", "eta", "c"):
         value = getattr(args, name)
         if value is not None:
             settings.append(f"{name} {value:.4g}")
@@ -555,7 +635,7 @@ def objective(args, net, base, sde, x_g, x_f):  # <-- 03
     obt-rel and --retain distill ask it. In a step without L_f (--forget-every) x_f is None, and L_f
     is nan.
     """
-    with common.autocast(args.device):  # bfloat16 on a GPU
+    with common.autocast(args.device, args.bf16):  # bfloat16 on a GPU
         if args.method == "siss":
             # One x_t serves both losses, so both are computed at once.
             t = forget_times(args, sde, len(x_f))
@@ -710,17 +790,295 @@ def linear_loss(net, grad):  # <-- 03
     return weights @ grad
 
 
+# ---- until it has forgotten ----------------------------------------------------------------------
+#
+# How many steps, and how hard a push? Both depend on the data, on the classes and on the model. So
+# a run with --until looks at what it draws, and decides by that.
+
+
+class Check(NamedTuple):  # <-- 03
+    """How a run looks at its own samples."""
+
+    every: int  # training steps from one look to the next
+    n: int  # samples of one look
+    nfe: int  # network evaluations of each: rough samples, but a judge knows their class
+
+
+CHECK = Check(every=50, n=250, nfe=10)
+QUICK_CHECK = Check(every=1, n=20, nfe=2)
+CHECK_NFE = {"ddpm": 20}  # ancestral steps need more
+
+NUM_POOLED = 4  # the last looks that count together: 1,000 samples, each from its own noise
+CHECK_STREAM = 10**6  # makes their noise another one than that of the samples "after"
+KEPT = 0.8  # so much of each kept class has to stay
+RARE = 20  # of a class that the Standard model draws less often than this nothing can be said
+
+
+def steer(kappa, looks, forget, wish):  # <-- 03
+    """Decide after a look at the samples how hard to push, and whether that was enough.
+
+    kappa   the push so far
+    looks   what was seen so far, the newest last, see look
+    forget  list of the classes that are to be forgotten
+    wish    the UR to come to, in percent
+
+    Returns (kappa, decision). The decision is "stop", or "look again": more samples of the same
+    model, or "go on": train on with the new kappa.
+    """
+    aim = wish / 2  # an estimate can be wrong by chance: aim at less than is wished for
+    now = pool(looks[-NUM_POOLED:], forget)
+    is_harmed = bool(missed(now, aim).keys() - {"ur"})
+
+    steps = sorted({look["step"] for look in looks})
+    recent = pool([look for look in looks if look["step"] in steps[-2:]], forget)
+    earlier = [look for look in looks if look["step"] in steps[-4:-2]]
+
+    # None of 250 samples only says: below 1.5 %. It takes more of them to stop, all of one model.
+    num_same = sum(look["step"] == steps[-1] for look in looks)
+    if num_same >= NUM_POOLED and not missed(now, aim):
+        return kappa, "stop"
+    if num_same < NUM_POOLED and recent["ur"] <= aim and not is_harmed:
+        return kappa, "look again"
+
+    if is_harmed:
+        return 0.9 * kappa, "go on"
+    # As long as UR falls quickly, the same push is enough.
+    is_slow = earlier and recent["ur"] > 0.7 * pool(earlier, forget)["ur"]
+    if is_slow and recent["ur"] > aim:
+        return 1.1 * kappa, "go on"
+    return kappa, "go on"
+
+
+def pool(looks, forget):  # <-- 03
+    """Take several looks together: a dict of what they say about the model.
+
+    num            how many samples they had
+    ur             share of these that show a class of the list `forget`, in percent
+    worst          what is left of the kept class that lost most: 1 is all, see common.measure
+    worst_class    which class that is, or None
+    unsure         share of which the judge is unsure, in percent
+    unsure_before  the same of the Standard model's samples from the same noise
+    """
+    after = np.sum([look["counts"] for look in looks], axis=0)  # (number of classes,)
+    before = np.sum([look["before"]["counts"] for look in looks], axis=0)
+    kept = [i for i in range(len(after)) if i not in forget]
+    ratios = {}
+    for i in kept:
+        if before[i] >= RARE:
+            share = after[i] / max(1, after[kept].sum())
+            ratios[i] = float(share / before[i] * before[kept].sum())
+    worst_class = min(ratios, key=ratios.get, default=None)
+    num = int(after.sum())
+    return {
+        "num": num,
+        "ur": 100 * int(after[forget].sum()) / num,
+        "worst": ratios.get(worst_class, 1.0),
+        "worst_class": worst_class,
+        "unsure": 100 * sum(look["unsure"] for look in looks) / num,
+        "unsure_before": 100 * sum(look["before"]["unsure"] for look in looks) / num,
+    }
+
+
+def missed(figures, most):  # <-- 03
+    """Return which bounds the figures of `pool` miss: {name: by which factor, above 1}.
+
+    most  the largest UR, in percent
+    """
+    factors = {
+        "ur": figures["ur"] / most,
+        "kept": KEPT / max(figures["worst"], 0.01),
+        # Half more than the Standard model's; 1 % if the judge is sure of all of those.
+        "unsure": figures["unsure"] / (1 + 1.5 * figures["unsure_before"]),
+    }
+    return {name: factor for name, factor in factors.items() if factor > 1}
+
+
+def say_missed(figures, most, class_names):  # <-- 03
+    """Say in words which bounds the figures of `pool` miss: a list of texts; see missed."""
+    worst_class = figures["worst_class"]
+    name = "" if worst_class is None else class_names[worst_class]
+    unsure, unsure_before = figures["unsure"], figures["unsure_before"]
+    texts = {
+        "ur": f"UR {figures['ur']:.2f} %, and not {most:g} %",
+        "kept": f"of '{name}' {100 * figures['worst']:.0f} % are left, and not {100 * KEPT:.0f} %",
+        "unsure": f"the judge is unsure of {unsure:.1f} %, before of {unsure_before:.1f} %",
+    }
+    return [texts[name] for name in missed(figures, most)]
+
+
+def check_of(args):  # <-- 03
+    """Return the Check of a run."""
+    if args.quick:
+        return QUICK_CHECK
+    return CHECK._replace(nfe=CHECK_NFE.get(args.sde, CHECK.nfe))
+
+
+def count_samples(args, data, model, judge, net, batch):  # <-- 03
+    """Draw a batch of samples from a network, and count: {"counts": of each class, "unsure": ...}.
+
+    batch  number of the batch: each has its own noise, the same for all networks
+    """
+    check = check_of(args)
+    images = common.sample_images(
+        net,
+        check.n,
+        model.shape,
+        model.sde,
+        common.rng(args.seed, CHECK_STREAM, batch).initial_seed(),
+        check.nfe,
+        batch=check.n // 2,  # so that two processes have something to do
+        device=args.device,
+        label="",
+        bf16=args.bf16,
+    )
+    verdict = common.judge_images(judge, images)
+    counts = torch.bincount(verdict.labels, minlength=len(data.class_names))
+    return {"counts": counts.tolist(), "unsure": int((verdict.confidence < common.SURE).sum())}
+
+
+def look(args, data, model, judge):  # <-- 03
+    """Look at samples of the average, and at the Standard model's from the same noise: a dict.
+
+    step    how many steps the average has been trained
+    batch   number of the noise; the looks take turns
+    counts  how many of the samples the judge takes for each class
+    unsure  of how many it is unsure
+    before  the same two of the Standard model's samples
+    """
+    looks = model.course.looks
+    batch = len(looks) % NUM_POOLED
+    # The Standard model stays as it is: of each batch its samples are drawn once.
+    known = [look["before"] for look in looks if look["batch"] == batch][:1]
+    result = {
+        "step": len(model.losses),
+        "batch": batch,
+        **count_samples(args, data, model, judge, model.ema.net, batch),
+        "before": known[0] if known else count_samples(args, data, model, judge, model.base, batch),
+    }
+    return common.from_first_process(result)
+
+
+def look_and_steer(args, data, model, judge):  # <-- 03
+    """Every so many steps look at the samples, decide how to go on, and keep the best state."""
+    course = model.course
+    done = len(model.losses)
+    if args.until is None or (done % check_of(args).every != 0 and done < args.max_steps):
+        return
+    start = time.time()
+    kappa = course.kappa or 0.0
+    decision = "look again"
+    while decision == "look again":
+        course.looks.append(look(args, data, model, judge))
+        kappa, decision = steer(kappa, course.looks, data.forget_classes, args.until)
+    figures = pool(course.looks[-NUM_POOLED:], data.forget_classes)
+    course.history.append({"step": done, "kappa": course.kappa, **figures})
+    course.has_ended = decision == "stop"
+    if course.kappa is not None:
+        course.kappa = kappa
+
+    # The nearest to the wish: at 1 it is fulfilled. Too few samples say nothing, but at the end.
+    cost = math.prod(missed(figures, args.until / 2).values())
+    is_known = len(course.looks) >= NUM_POOLED or done == args.max_steps
+    if is_known and (course.best is None or cost <= course.best["cost"]):
+        weights = {name: weight.clone() for name, weight in model.ema.net.state_dict().items()}
+        course.best = {"step": done, "cost": cost, "figures": figures, "weights": weights}
+    course.seconds += time.time() - start
+
+
+def take_best(model):  # <-- 03
+    """Let the average of a finished run be that of its best state."""
+    if model.course.best is not None:
+        model.ema.net.load_state_dict(model.course.best["weights"])
+
+
+def last_step(args, model):  # <-- 03
+    """Return the number of the last step, as far as it is known."""
+    if model.course.has_ended:
+        return len(model.losses)
+    return args.steps or args.max_steps
+
+
+def first_kappa(args):  # <-- 03
+    """Return the push with which a run with --until begins; None where a flag has fixed it."""
+    is_fixed = args.method != "obt-rel" or args.kappa is not None or args.alpha is not None
+    if args.until is None or is_fixed:
+        return None
+    # Gentler than a run of a fixed length: what a stronger push costs cannot be taken back.
+    return 0.85 * usual_kappa(args.sde)
+
+
+def alpha_now(args, data, model):  # <-- 03
+    """Return the alpha of the next step: of the flags, or of the push that --until has come to."""
+    if model.course.kappa is None:
+        return args.alpha
+    return alpha_of(model.course.kappa, data)
+
+
+def course_text(args, data, model, step_seconds):  # <-- 03
+    """Say what the last look has seen, and how long the run may still take.
+
+    step_seconds  that one step takes, its share of the looks included
+    """
+    done = len(model.losses)
+    longest = (last_step(args, model) - done) * step_seconds
+    if not model.course.history:
+        return f"ETA {longest:.0f} s"
+    now = model.course.history[-1]
+    worst_class = now["worst_class"]
+    worst = "" if worst_class is None else f"{data.class_names[worst_class]} x{now['worst']:.2f}"
+    push = "" if now["kappa"] is None else f"kappa {now['kappa']:.2f}  "
+    soon = min(longest, steps_to_aim(model.course.history, args.until / 2) * step_seconds)
+    eta = f"{soon:.0f} s" if soon == longest else f"{soon:.0f} to {longest:.0f} s"
+    return f"UR {now['ur']:.1f} %  unsure {now['unsure']:.1f} %  {worst}  {push}ETA {eta}"
+
+
+def steps_to_aim(history, aim):  # <-- 03
+    """Guess in how many steps UR is down to `aim` (percent), if it goes on falling as it does."""
+    if len(history) < 2:
+        return math.inf
+    before, now = history[-2:]
+    if now["ur"] <= aim:
+        return now["step"] - before["step"]
+    if now["ur"] >= before["ur"]:
+        return math.inf
+    # By the same factor in each step.
+    rate = math.log(before["ur"] / now["ur"]) / (now["step"] - before["step"])
+    return math.log(now["ur"] / aim) / rate
+
+
+def not_reached(args, data, model, result):  # <-- 03
+    """Return what stood in the way of the wish of --until: texts, none if it was reached.
+
+    result  content of result.json: the samples "after" are from noise that no look has seen
+    """
+    reasons = []
+    if not model.course.has_ended:
+        best = model.course.best["figures"]
+        texts = say_missed(best, args.until / 2, data.class_names)
+        texts = texts or ["too few looks to be sure"]
+        reasons = [f"{text} ({args.max_steps} steps, {best['num']:,} samples)" for text in texts]
+    counts = result["class_counts"]
+    unsure = [result["n"] * result[f"low_confidence_{when}"] / 100 for when in ("before", "after")]
+    before = {"counts": counts["before"], "unsure": unsure[0]}
+    fresh = pool(
+        [{"counts": counts["after"], "unsure": unsure[1], "before": before}], data.forget_classes
+    )
+    texts = say_missed(fresh, args.until, data.class_names)
+    return reasons + [f"{text} ({result['n']:,} fresh samples)" for text in texts]
+
+
 # ---- the training loop ---------------------------------------------------------------------------
 
 
 SAVE_SECONDS = 180  # after so long what --resume needs is saved again
 
 
-def train(args, data, model, path, ctrl_c):
+def train(args, data, model, path, ctrl_c, judge=None):
     """Show the network images to keep and images to forget at random noise levels, again and again.
 
     path    of the file that --resume goes on from
     ctrl_c  common.CtrlC; when it is pressed the program ends after the step in progress
+    judge   common.Judge, which a run with --until looks at its samples with
 
     Returns L_g and L_f of each step: (steps, 2).
     """
@@ -732,15 +1090,19 @@ def train(args, data, model, path, ctrl_c):
     printed_steps = first_step  # how many steps were done when the last line was printed
     printed_at = time.time()  # when that was, in seconds
     saved_at = time.time()
-    for step in range(first_step, args.steps):
+    began = time.time() - model.seconds_trained
+    pushed = copy.copy(args)  # its alpha may change on the way  # <-- 03
+    for step in range(first_step, last_step(args, model)):
         net.train()
-        common.set_lr(model.optimizers, step, args.steps, warmup=20)
+        # With --until nobody knows the end, so the rate stays, and the average takes the noise out.
+        common.set_lr(model.optimizers, step, args.steps or math.inf, warmup=20)
+        pushed.alpha = alpha_now(args, data, model)  # <-- 03
         both = torch.zeros(2, device=args.device)  # L_g, L_f of this step  # <-- 03
         for _ in common.batch_parts(args, step):  # one part, unless --grad-accum or torchrun
             x_g = data.draw(data.index_g)
             has_forget_loss = step % args.forget_every == 0  # <-- 03
             x_f = data.draw(data.index_f) if has_forget_loss else None  # <-- 03
-            loss, loss_g, loss_f = objective(args, net, base, sde, x_g, x_f)  # <-- 03
+            loss, loss_g, loss_f = objective(pushed, net, base, sde, x_g, x_f)  # <-- 03
             (loss / args.grad_accum).backward()
             # A tensor: loss.item() would make the CPU wait for the GPU at each step.
             both += torch.stack([loss_g, loss_f]).detach() / args.grad_accum  # <-- 03
@@ -752,20 +1114,26 @@ def train(args, data, model, path, ctrl_c):
         model.ema.update(net)
 
         done = step + 1
-        if done % 50 == 0 or done == args.steps:
+        look_and_steer(args, data, model, judge)  # <-- 03
+        is_last = done == last_step(args, model)
+        model.seconds_trained = time.time() - began
+        if done % 50 == 0 or is_last:
             common.average_over_ranks(model.losses[printed_steps:])  # in place
-            print_progress(args, model, printed_steps, time.time() - printed_at)
+            print_progress(args, data, model, printed_steps, time.time() - printed_at)
             printed_steps = done
             printed_at = time.time()
         # Several processes have the same losses only where they have just been averaged.
         is_whole = done == printed_steps or common.ranks()[1] == 1
         is_due = is_whole and time.time() - saved_at > SAVE_SECONDS
-        if is_due or done == args.steps or ctrl_c.signum:
+        if is_due or is_last or ctrl_c.signum:
             save_for_resume(path, model, args)
             saved_at = time.time()
         if ctrl_c.signum:
             raise common.Stopped(ctrl_c.signum)
-    common.refuse_skipped(len(model.skipped), args.steps)
+        if is_last:
+            break
+    common.refuse_skipped(len(model.skipped), len(model.losses))
+    take_best(model)  # <-- 03
     return torch.stack(model.losses)
 
 
@@ -777,7 +1145,7 @@ def skipped_in_a_row(skipped, step):
     return count
 
 
-def print_progress(args, model, printed_steps, seconds):
+def print_progress(args, data, model, printed_steps, seconds):
     """Print a line: steps done, their mean losses, time left, and how many were left out.
 
     printed_steps  how many steps the lines before this one were about
@@ -786,15 +1154,22 @@ def print_progress(args, model, printed_steps, seconds):
     done = len(model.losses)
     # nanmean: the mean L_f of the steps that had one.
     mean_loss_g, mean_loss_f = torch.stack(model.losses[printed_steps:]).nanmean(0).tolist()
-    seconds_left = (args.steps - done) * seconds / (done - printed_steps)
     print(
-        f"step {done}/{args.steps}  L_g {mean_loss_g:.4f}  L_f {mean_loss_f:.4f}  "
-        f"ETA {seconds_left:.0f} s" + common.skipped_text(len(model.skipped)),
+        f"step {done}/{last_step(args, model)}  L_g {mean_loss_g:.4f}  L_f {mean_loss_f:.4f}  "
+        + course_text(args, data, model, seconds / (done - printed_steps))
+        + common.skipped_text(len(model.skipped)),
         flush=True,
     )
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
+
+
+def saved_step(model):
+    """Return of which step the average is that a finished run keeps."""
+    if model.course.best is not None:
+        return model.course.best["step"]
+    return len(model.losses)
 
 
 def save(path, step, model, args):
@@ -824,7 +1199,9 @@ def save_for_resume(path, model, args):
         step=len(model.losses),
         losses=torch.stack(model.losses),
         skipped=model.skipped,
+        course=vars(model.course),
         seconds=time.time() - model.start,
+        seconds_trained=model.seconds_trained,
         made_from=model.made_from,
         rng=torch.get_rng_state(),
         args=vars(args),
@@ -861,7 +1238,9 @@ def resume(path, model, args):
         recorded = {**checkpoint["args"], **checkpoint["made_from"]}
         model.losses = list(checkpoint["losses"].to(args.device))
         model.skipped = list(checkpoint["skipped"])
+        model.course = Course(**checkpoint.get("course", {}))  # an older version has none
         model.start -= checkpoint["seconds"]
+        model.seconds_trained = checkpoint.get("seconds_trained", 0.0)
     except (TypeError, AttributeError) as error:
         common.exit_with_error(f"{path} cannot be resumed ({error}); begin again with: {command}")
     now = {**vars(args), **model.made_from}
@@ -898,8 +1277,11 @@ def check_resume(args, path, folder, made_from):
     for place in (folder, *folder.parent.glob(f"{folder.name}-worse*")):
         if (place / "result.json").exists():
             common.say(f"nothing was left to do: the run has been finished, in {place}/")
-            # 1 stands for a run that made things worse, as when it was finished.
-            raise SystemExit(0 if place == folder else 1)
+            # 1 stands for a run that made things worse, or has not reached its wish, as when it
+            # was finished.
+            finished = json.loads(common.read_text(place / "result.json"))
+            has_failed = place != folder or (finished.get("not_reached") and not args.quick)
+            raise SystemExit(1 if has_failed else 0)
     common.exit_with_error(
         f"{path} not found: no run was stopped there; begin one with: {args.command}"
     )
@@ -937,8 +1319,15 @@ def usual_values(args):
     usual = flags().parse_args(["--dataset", args.dataset, "--forget", "any", *method])
     usual.quick = args.quick
     usual.from_scratch = args.from_scratch
-    common.fill_defaults(usual, defaults(usual), QUICK)
-    return vars(usual)
+    values = vars(usual)
+    is_other_kind = ends_by_itself(usual) != ends_by_itself(args)
+    if is_other_kind:
+        # A length or a result in place of the usual one: it is named, and the rest is as usual.
+        usual.steps, usual.until = args.steps, args.until
+    common.fill_defaults(usual, defaults(usual), quick_defaults(usual))
+    if is_other_kind:
+        values.update(steps=None, until=None)
+    return values
 
 
 def set_apart_if_worse(result, out, folder):
@@ -1025,6 +1414,7 @@ def draw_samples(args, net, sde, judge, shape, label):
         batch=50 if args.quick else 250,
         device=args.device,
         label=label,
+        bf16=args.bf16,
     )
     if args.animate:
         way = [(sigma, common.to_bytes(x[:NUM_SHOWN].cpu())) for sigma, x in net.seen]
@@ -1044,8 +1434,9 @@ def report(args, data, model, judge, real_g, before, after):
         "method": args.method,
         "sde": args.sde,
         "forget": data.forget_names,
-        "alpha": args.alpha,
-        "steps": args.steps,
+        "alpha": alpha_now(args, data, model),
+        "kappa": args.kappa or model.course.kappa,
+        "steps": saved_step(model),
         "n": args.n,
         "sampler": common.SDES[args.sde].sampler,
         "nfe": args.nfe,
@@ -1069,12 +1460,29 @@ def report(args, data, model, judge, real_g, before, after):
             "after": row_after["class_counts"],
         },
         "seconds": time.time() - model.start,
+        "seconds_trained": model.seconds_trained,  # that of the looks included
+        "seconds_of_looks": model.course.seconds,
+        "looks": model.course.history,
         "skipped_steps": len(model.skipped),
         "made_from": model.made_from,
         "args": vars(args),
     }
     result["worse"] = reasons_of_worse(args, result, data)
+    result["not_reached"] = None
+    if args.until is not None:
+        result["not_reached"] = not_reached(args, data, model, result)
+        say_how_it_ended(args, model, result)
     return result
+
+
+def say_how_it_ended(args, model, result):  # <-- 03
+    """Say in one line whether a run with --until has come to its wish."""
+    reasons = result["not_reached"]
+    if reasons:
+        common.say(f"not reached: {'; '.join(reasons)}; saved is step {saved_step(model)}")
+    else:
+        common.say(f"reached: UR at most {args.until:g} %, at step {saved_step(model)}")
+    print("the figures above are of fresh noise: the looks on the way have seen none of it")
 
 
 def measure_all(args, data, judge, real_g, before, after):
@@ -1245,15 +1653,18 @@ def frame_forgotten(ax, data, columns, was_forgotten, is_forgotten):
         ax.add_patch(plt.Rectangle(corner, width - 1, height - 1, **frame))
 
 
-def plot_curves(path, losses, title):
-    """Save a plot of L_g and of L_f, each with a running mean of 20 steps.
+def plot_curves(path, losses, title, history=(), wish=None):
+    """Save a plot of L_g and of L_f, each with a running mean of 20 steps, and of all looks.
 
-    losses  (steps, 2): L_g and L_f of each step
+    losses   (steps, 2): L_g and L_f of each step
+    history  of a run with --until, see Course
+    wish     the UR that it was to come to, in percent
     """
     plt = common.pyplot()
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.2))
+    num_rows = 2 if history else 1
+    fig, axes = plt.subplots(num_rows, 2, figsize=(9, 3 * num_rows + 0.2), squeeze=False)
     names = ("retain loss L_g", "forget loss L_f")
-    for ax, curve, name in zip(axes, losses.T.cpu().numpy(), names):
+    for ax, curve, name in zip(axes[0], losses.T.cpu().numpy(), names):
         steps = np.flatnonzero(np.isfinite(curve))  # not every step needs to have an L_f
         values = curve[steps]
         ax.plot(steps, values, color="0.7")
@@ -1262,38 +1673,70 @@ def plot_curves(path, losses, title):
             # "valid": a mean only where the window is full, so it starts at value window - 1.
             mean = np.convolve(values, np.ones(window) / window, "valid")
             ax.plot(steps[window - 1 :], mean, color="black")
-        ax.set_xlabel("step")
         ax.set_title(name, fontsize=10)
+    if history:
+        plot_looks(axes[1], history, wish)
+    for ax in axes.flat:
+        ax.set_xlabel("step")
     fig.suptitle(title, fontsize=10)
     fig.tight_layout()
     common.save_figure(fig, path, dpi=100)
 
 
+def plot_looks(axes, history, wish):  # <-- 03
+    """Plot what a run with --until has seen: shares of the samples, and the class that lost most.
+
+    axes  two of matplotlib; the others are as in plot_curves
+    """
+    steps = [now["step"] for now in history]
+    shares, kept = axes
+    names = {"ur": "UR", "unsure": "unsure", "unsure_before": "unsure, Standard"}
+    for name, label in names.items():
+        style = ":" if name == "unsure_before" else ".-"
+        shares.plot(steps, [now[name] for now in history], style, label=label)
+    shares.axhline(wish, color="0.6", lw=1, ls="--", label="wish for UR")
+    shares.set_title("share of the samples, %", fontsize=10)
+    kept.plot(steps, [now["worst"] for now in history], ".-", label="worst kept class")
+    kept.axhline(KEPT, color="0.6", lw=1, ls="--", label="so much has to stay")
+    pushes = [now["kappa"] for now in history]
+    if None not in pushes:  # the push was not fixed by a flag
+        kept.plot(steps, pushes, ".-", label="kappa")
+    kept.set_title("share of a class after / before", fontsize=10)
+    for ax in axes:
+        ax.set_ylim(bottom=0)
+        ax.legend(fontsize=7)
+
+
 def read_log(path):
-    """Read L_g and L_f of each step from log.jsonl: (steps, 2)."""
+    """Read from log.jsonl L_g and L_f of each step, (steps, 2), and the history of a Course."""
     losses = []
+    history = []
     try:
         for line in common.read_text(path).splitlines():
             values = json.loads(line)
             both = (values["loss_g"], values["loss_f"])
             # JSON has no NaN: null stands for it.
             losses.append([math.nan if value is None else value for value in both])
+            if "ur" in values:
+                history.append(values)
     except (ValueError, KeyError, TypeError):
         common.exit_with_error(f"{path} is damaged; make the run again, without --redraw")
-    return torch.tensor(losses)
+    return torch.tensor(losses), history
 
 
-def draw_pictures(args, data, folder, before, after, losses, again):
+def draw_pictures(args, data, folder, before, after, losses, again, history=()):
     """Draw the pictures of a run into its folder; one that fails is a line on stderr.
 
     before, after  Samples, as for `before_after`
     losses         (steps, 2): L_g and L_f of each step
     again          the command that draws them again
+    history        of a run with --until, see Course
     """
     title = common.plain_text(f"{args.method}, forget {' '.join(args.forget)}, {args.sde}")
     path = folder / "before_after.png"
     common.draw_picture(path, before_after, data, before, after, again=again)
-    common.draw_picture(folder / "curves.png", plot_curves, losses, title, again=again)
+    more = {"title": title, "history": history, "wish": args.until}
+    common.draw_picture(folder / "curves.png", plot_curves, losses, again=again, **more)
     if args.animate:
         common.draw_picture(folder / "flow.gif", draw_flow, data, before, after, again=again)
 
@@ -1307,7 +1750,8 @@ def redraw(args, data, judge, folder):
     checkpoint = common.load_checkpoint(folder / "model.pt", command, ("arch", "ema", "args"))
     # How the samples were drawn is known to the run. Where it lies, and on what, is known here.
     here = {name: getattr(args, name) for name in ("out", "data_dir", "device", "quick", "animate")}
-    run_args = argparse.Namespace(**{**checkpoint["args"], **here})
+    # What a run of an older version does not record was off.
+    run_args = argparse.Namespace(**{"until": None, "bf16": False, **checkpoint["args"], **here})
     run_args.n = min(run_args.n, NUM_SHOWN)
     if set(run_args.forget) != set(args.forget):
         forgotten = " ".join(run_args.forget)
@@ -1321,12 +1765,12 @@ def redraw(args, data, judge, folder):
     if base is not None:
         before = draw_samples(run_args, base, sde, judge, shape, "samples before")
     after = draw_samples(run_args, net, sde, judge, shape, "samples after")
-    losses = read_log(folder / "log.jsonl")
+    losses, history = read_log(folder / "log.jsonl")
     flags = ["--forget", *data.forget_names, "--redraw", folder]
     if args.animate:
         flags.append("--animate")
     again = common.command_line("03_unlearn.py", args, *flags)
-    draw_pictures(run_args, data, folder, before, after, losses, again)
+    draw_pictures(run_args, data, folder, before, after, losses, again, history)
     common.say(f"wrote the pictures in {folder}/")
 
 
@@ -1380,11 +1824,12 @@ def main(argv=None):
 
             # ---- loop
             with common.CtrlC() as ctrl_c:
-                losses = train(args, data, model, path, ctrl_c)
+                losses = train(args, data, model, path, ctrl_c, judge)
 
             # ---- outputs
-            common.write_losses(out / "log.jsonl", losses, model.skipped)
-            save(out / "model.pt", args.steps, model, args)
+            looks = {line["step"]: line for line in model.course.history}
+            common.write_losses(out / "log.jsonl", losses, model.skipped, looks)
+            save(out / "model.pt", saved_step(model), model, args)
             after = draw_samples(
                 args, model.ema.net, model.sde, judge, model.shape, "samples after"
             )
@@ -1399,8 +1844,8 @@ def main(argv=None):
 
     # ---- pictures: last, because the run is safe by now and none of them can harm it
     again = common.own_command("03_unlearn.py", plain_argv, "--redraw", place)
-    draw_pictures(args, data, place, before, after, losses, again)
-    if result["worse"]:
+    draw_pictures(args, data, place, before, after, losses, again, model.course.history)
+    if result["worse"] or (result["not_reached"] and not args.quick):
         raise SystemExit(1)
     picture = folder / "before_after.png"
     command = common.command_line("04_evaluate.py", args, "--forget", *data.forget_names)

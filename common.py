@@ -23,8 +23,8 @@ Contents
      9  Data                   RECIPES, load_dataset, dequantize, draw_batch, split_forget
                                check_dataset, refuse_too_few, cache_folders, read_picture
     10  Training               EMA, Muon, set_lr, batch_parts, guarded_step, CtrlC,
-                               restore_training, autocast
-    11  Processes              ranks, wait_for_all_processes, share_work
+                               restore_training, autocast, bfloat16
+    11  Processes              ranks, from_first_process, wait_for_all_processes, share_work
     12  Checkpoints, folders   whole_file, save_checkpoint, write_json, write_losses,
                                load_checkpoint, load_net, find_base, find_runs, run_command,
                                run_name, fingerprint, refuse_other_result, locked,
@@ -1189,6 +1189,7 @@ def sample_images(
     batch=250,
     device="cpu",
     label="sampling",
+    bf16=False,
 ):
     """Draw n images (n, *shape) of bytes, where shape is (C, H, W), and print the progress.
 
@@ -1198,7 +1199,8 @@ def sample_images(
     eta        of dpmpp_sample
     sigma_max  noise level at which dpmpp_sample starts, if the SDE goes so high
     batch      images that are drawn at once
-    label      first words of the progress line
+    label      first words of the progress line; "" prints nothing
+    bf16       whether the network computes in bfloat16
 
     Batch k draws from its own generators, seeded by (seed, k). So the same seed gives each network
     the same noise, at the start and on the way, and a pair of pictures before and after differs by
@@ -1212,25 +1214,28 @@ def sample_images(
         # Always a whole batch, even if fewer are wanted: so image i does not depend on n.
         noise = randn((batch, *shape), rng(seed, k), device)
         generator = rng(seed, k, 1)  # of the noise on the way
-        if sde.sampler == "ancestral":
-            # The noise serves as x_T, because DDPM's std(T) is 1 to four digits. nfe - 1 steps: the
-            # last evaluation is the final denoising.
-            x = pc_sample(
-                net, sde, noise, nfe - 1, "ancestral", corrector=None, generator=generator
-            )
-        else:
-            x = dpmpp_sample(net, noise, sigmas, eta, generator)
+        with bfloat16(device, bf16):
+            if sde.sampler == "ancestral":
+                # The noise serves as x_T, because DDPM's std(T) is 1 to four digits. nfe - 1 steps:
+                # the last evaluation is the final denoising.
+                x = pc_sample(
+                    net, sde, noise, nfe - 1, "ancestral", corrector=None, generator=generator
+                )
+            else:
+                x = dpmpp_sample(net, noise, sigmas, eta, generator)
         if not torch.isfinite(x).all():
             exit_with_error(
                 "sampling gave numbers that are not finite: "
                 "the model has diverged (more --alpha, or a lower --lr)"
             )
         num_done = min(n, (k + 1) * batch)
-        print(f"\r{label}: {num_done}/{n}, {time.time() - start:.0f} s", end="", flush=True)
+        if label:
+            print(f"\r{label}: {num_done}/{n}, {time.time() - start:.0f} s", end="", flush=True)
         return to_bytes(x.cpu())
 
     batches = share_work(sample_batch, range(math.ceil(n / batch)))
-    print()
+    if label:
+        print()
     return torch.cat(batches)[:n]
 
 
@@ -2881,17 +2886,41 @@ def check_state(optimizer):
                     raise ValueError("an optimizer belongs to other weights")
 
 
-def autocast(device):
-    """Return a context in which CUDA computes in bfloat16; on a CPU it does nothing.
+def autocast(device, bf16=False):
+    """Return a context for a step of training: CUDA computes in bfloat16, a CPU only with --bf16.
 
-    bfloat16 takes half the memory and is several times as fast on CUDA. A CPU without units for it
-    would be slower. There is no GradScaler, because bfloat16 has the range of float32.
+    bfloat16 takes half the memory and is several times as fast on CUDA. There is no GradScaler,
+    because bfloat16 has the range of float32. A CPU without units for it is slower than in float32.
+    """
+    return bfloat16(device, bf16 or str(device).startswith("cuda"))
+
+
+def bfloat16(device, wanted):
+    """Return a context in which networks compute in bfloat16, if that is wanted (--bf16).
+
+    Samples are drawn in it. A likelihood adds up thousands of small terms, and stays out of it.
     """
     # Only what is computed becomes bfloat16. Weights, average and optimizers stay float32: bfloat16
     # has 8 bits of precision, and the small updates of an average would round to nothing.
-    if str(device).startswith("cuda"):
-        return torch.autocast("cuda", torch.bfloat16)
+    if wanted:
+        return torch.autocast(torch.device(device).type, torch.bfloat16)
     return contextlib.nullcontext()
+
+
+def say_bf16(args, cpuinfo="/proc/cpuinfo"):
+    """Say in one line that --bf16 is on, and that it is slow if the processor has no units for it.
+
+    cpuinfo  file in which Linux lists what the processor has; other systems have no such file
+    """
+    if not args.bf16:
+        return
+    say("bf16: networks compute in bfloat16; figures then differ between machines in last digits")
+    if torch.device(args.device).type != "cpu":
+        return
+    # x86 has units for it since 2020 (avx512_bf16, amx_bf16), ARM calls them bf16.
+    with contextlib.suppress(OSError):
+        if not re.search(r"(\bbf16|_bf16)\b", Path(cpuinfo).read_text()):
+            warn("bf16: this processor has no units for bfloat16: it will be slower than without")
 
 
 # ==================================================================================================
@@ -2910,6 +2939,19 @@ def is_first_process():
     """Return whether this process is the first of torchrun, or the only one: it writes files."""
     rank, _ = ranks()
     return rank == 0
+
+
+def from_first_process(value):
+    """Return what the first process of torchrun has for a value; all others pass theirs in vain.
+
+    The processes compute alike, but not to the bit, and a decision must be the same in all of them.
+    """
+    _, num_processes = ranks()
+    if num_processes == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)  # from the first one, in place
+    return values[0]
 
 
 def wait_for_all_processes():
@@ -3020,15 +3062,17 @@ def json_line(content):
     return json.dumps(without_nan(content), allow_nan=False) + "\n"
 
 
-def write_losses(path, losses, skipped):
+def write_losses(path, losses, skipped, more=None):
     """Write L_g and L_f of each step, losses (steps, 2), as lines of JSON.
 
     skipped  numbers of the steps that were left out, because their gradient was not finite
+    more     {number of a step: dict of what else belongs into its line}
     """
     with path_in_errors(path), path.open("w") as log:
         for i, (loss_g, loss_f) in enumerate(losses.tolist()):
             line = {"step": i + 1, "loss_g": loss_g, "loss_f": loss_f}
             line["skipped"] = i + 1 in skipped
+            line.update((more or {}).get(i + 1, {}))
             log.write(json_line(line))
 
 
@@ -3337,8 +3381,8 @@ def shorten(name, limit):
 
 # The flags that a run's folder is named after, in this order: all that change the model.
 NAMED_FLAGS = """
-    alpha kappa eta c ort no_floor forget_every retain log_sigma wide uniform_t steps batch_size lr
-    ema width grad_accum
+    alpha kappa eta c ort no_floor forget_every retain log_sigma wide uniform_t until max_steps
+    steps batch_size lr ema width grad_accum bf16
 """.split()
 
 
@@ -4174,6 +4218,11 @@ def parser(doc, leave_out=(), helps=None, **defaults):
         action="store_true",
         help="torch.compile the network that trains: a minute more at the start, faster on CUDA",
     )
+    p.add_argument(
+        "--bf16",
+        action="store_true",
+        help="train and sample in bfloat16 on a CPU too, for processors with units for it",
+    )
     add_seed(p)
     p.add_argument(
         "--device",
@@ -4306,6 +4355,7 @@ def finish_args(args, full, quick, folder=None):
     # TF32 on CUDA, nothing on a CPU. A likelihood asks for "highest".
     torch.set_float32_matmul_precision("high")
     use_all_cores()
+    say_bf16(args)
     return args
 
 
@@ -4618,7 +4668,7 @@ def run(main):
     The exit status is
 
     0    success
-    1    the run has finished, but it made things worse
+    1    the run has finished, but it made things worse, or has not reached what it was to reach
     2    bad input, a file that cannot be read or written, no space left, too little memory
     130  Ctrl-C; 143 after SIGTERM, in general 128 + the number of the signal
     141  nobody has read the output to its end; the run has finished all the same

@@ -157,7 +157,7 @@ def refuse_unused(p, args):
     if args.judge:
         common.refuse_unused(p, args, sorted(others - {"judge", "overwrite"}), "with --judge")
     elif args.measure:
-        common.refuse_unused(p, args, sorted(others - {"measure", "n"}), "with --measure")
+        common.refuse_unused(p, args, sorted(others - {"measure", "n", "bf16"}), "with --measure")
     else:
         common.refuse_unused(p, args, ["n"], "without --measure")
     if args.sde != "any":
@@ -306,7 +306,7 @@ def training_times(args, sde, n):
 def objective(args, net, sde, x_g):
     """Return the loss to step on, one number: score matching on a batch x_g (B, C, H, W)."""
     t = training_times(args, sde, len(x_g))
-    with common.autocast(args.device):  # bfloat16 on a GPU
+    with common.autocast(args.device, args.bf16):  # bfloat16 on a GPU
         # L_g = |F - F*|^2 = |z_hat - z|^2 / cos(phi)^2. The paper's L_g is |z_hat - z|^2 alone. At
         # high noise x_t is nearly all z, so any network knows z, and that loss is small whatever
         # the network has learned. Divided by cos(phi)^2 all noise levels weigh alike, and training
@@ -459,7 +459,7 @@ def resume(path, model, args, train_set):
 # work is split (--grad-accum, --device), what is written when (--save-every), and more --steps.
 TRAINING_FLAGS = (
     *("dataset", "without", "sde", "batch_size", "lr", "ema", "log_sigma", "wide", "width"),
-    *("seed", "quick"),
+    *("seed", "bf16", "quick"),
 )
 
 
@@ -597,6 +597,7 @@ def show(args, data, net, path, step):
         args.seed,  # the same noise at each step: only the network changes from grid to grid
         batch=num_samples,
         device=args.device,
+        bf16=args.bf16,
     )
     title = f"step {step} (last row: real)"
     common.draw_picture(path, image_grid, samples, title=title, real=data.test_g)
@@ -641,7 +642,9 @@ def measure_base(args):
     real = common.judge_images(judge, real_images)
     sde = common.VP()  # as 03 and 04 sample, unless told otherwise
     image_sets = {
-        "model": common.sample_images(net, args.n, shape, sde, args.seed, device=args.device),
+        "model": common.sample_images(
+            net, args.n, shape, sde, args.seed, device=args.device, bf16=args.bf16
+        ),
         "real": common.random_subset(test_set.images, args.n, args.seed),
     }
 

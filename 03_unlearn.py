@@ -805,7 +805,7 @@ class Check(NamedTuple):  # <-- 03
 
 
 CHECK = Check(every=50, n=250, nfe=10)
-QUICK_CHECK = Check(every=1, n=20, nfe=2)
+QUICK_CHECK = Check(every=4, n=20, nfe=2)
 CHECK_NFE = {"ddpm": 20}  # ancestral steps need more
 
 NUM_POOLED = 4  # the last looks that count together: 1,000 samples, each from its own noise
@@ -1057,14 +1057,18 @@ def not_reached(args, data, model, result):  # <-- 03
         texts = say_missed(best, args.until / 2, data.class_names)
         texts = texts or ["too few looks to be sure"]
         reasons = [f"{text} ({args.max_steps} steps, {best['num']:,} samples)" for text in texts]
-    counts = result["class_counts"]
-    unsure = [result["n"] * result[f"low_confidence_{when}"] / 100 for when in ("before", "after")]
-    before = {"counts": counts["before"], "unsure": unsure[0]}
-    fresh = pool(
-        [{"counts": counts["after"], "unsure": unsure[1], "before": before}], data.forget_classes
-    )
-    texts = say_missed(fresh, args.until, data.class_names)
+    texts = say_missed(fresh_figures(data, result), args.until, data.class_names)
     return reasons + [f"{text} ({result['n']:,} fresh samples)" for text in texts]
+
+
+def fresh_figures(data, result):  # <-- 03
+    """Return what the samples of the end say, as `pool` does; see not_reached."""
+    seen = []
+    for when in ("before", "after"):
+        unsure = result["n"] * result[f"low_confidence_{when}"] / 100
+        seen.append({"counts": result["class_counts"][when], "unsure": unsure})
+    before, after = seen
+    return pool([{**after, "before": before}], data.forget_classes)
 
 
 # ---- the training loop ---------------------------------------------------------------------------
@@ -1468,6 +1472,10 @@ def report(args, data, model, judge, real_g, before, after):
         "args": vars(args),
     }
     result["worse"] = reasons_of_worse(args, result, data)
+    result["worst_class"] = None
+    if before is not None:
+        worst_class = fresh_figures(data, result)["worst_class"]
+        result["worst_class"] = None if worst_class is None else data.class_names[worst_class]
     result["not_reached"] = None
     if args.until is not None:
         result["not_reached"] = not_reached(args, data, model, result)
@@ -1827,8 +1835,7 @@ def main(argv=None):
                 losses = train(args, data, model, path, ctrl_c, judge)
 
             # ---- outputs
-            looks = {line["step"]: line for line in model.course.history}
-            common.write_losses(out / "log.jsonl", losses, model.skipped, looks)
+            common.write_losses(out / "log.jsonl", losses, model.skipped, model.course.history)
             save(out / "model.pt", saved_step(model), model, args)
             after = draw_samples(
                 args, model.ema.net, model.sde, judge, model.shape, "samples after"

@@ -390,6 +390,7 @@ def sample(setup, model, name="samples", tune=None, **more_key):
             batch=batch,
             device=args.device,
             label=label,
+            bf16=args.bf16,
         )
         result = {"images": images, "seconds": time.time() - start}
         if tune is not None:
@@ -410,6 +411,8 @@ def sample(setup, model, name="samples", tune=None, **more_key):
         "device": torch.device(args.device).type,
         **more_key,
     }
+    if args.bf16:  # the samples of earlier versions, which had no such flag, are still good
+        key["bf16"] = True
     drawn = cached(setup, f"{model.name}.{name}", key, args.n * args.nfe, compute)
     # Only the images are kept. The judge is quick, and another judge must not find old verdicts.
     return {**drawn, "verdict": common.judge_images(setup.judge, drawn["images"])}
@@ -1120,6 +1123,7 @@ def describe(args, train, forget_names, num_nll):
         "nll_floor": args.nll_floor,
         "fid": args.fid,
         "seed": args.seed,
+        "bf16": args.bf16,
         "data": common.data_key(train),
     }
 

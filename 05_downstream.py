@@ -381,7 +381,8 @@ def restore(images, method, hidden, args, label):
     for k, batch in enumerate(images.split(args.batch_size)):
         # As common.dequantize, but without its noise: + 0.5 is the middle of a grey level.
         x0 = (batch.float() + 0.5) / 128 - 1
-        x0_hat = method(x0=x0.to(args.device), generator=common.rng(args.seed, k))
+        with common.bfloat16(args.device, args.bf16):
+            x0_hat = method(x0=x0.to(args.device), generator=common.rng(args.seed, k))
         if not torch.isfinite(x0_hat).all():
             common.exit_with_error(
                 f"{label}: numbers that are not finite; the model has diverged "
@@ -870,7 +871,7 @@ def main(argv=None):
 
 
 # The flags that a table depends on; those of the folder's name are left out.
-TABLE_FLAGS = "sde steps n batch_size resample sigmas seed runs clip_weights".split()
+TABLE_FLAGS = "sde steps n batch_size resample sigmas seed bf16 runs clip_weights".split()
 
 
 def refuse_other_table(args, finished, made_from):

@@ -114,7 +114,7 @@ def flags():
         "--lr": "peak learning rate of Adam (default: 0.0003; other pipelines: 0.00001; 0.001 and "
         "0.00005 with --train xattn)",
     }
-    unused = ("--dataset", "--cache-dir", "--compile")
+    unused = ("--dataset", "--cache-dir", "--compile", "--bf16")
     # mnist: the data of the judge of digits.
     p = common.parser(__doc__, unused, helps, dataset="mnist")
     p.example = 'python 06_text_to_image.py --forget "a photo of a three"'

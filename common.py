@@ -2912,7 +2912,7 @@ def say_bf16(args, cpuinfo="/proc/cpuinfo"):
 
     cpuinfo  file in which Linux lists what the processor has; other systems have no such file
     """
-    if not args.bf16:
+    if not getattr(args, "bf16", False):  # some scripts have no such flag
         return
     say("bf16: networks compute in bfloat16; figures then differ between machines in last digits")
     if torch.device(args.device).type != "cpu":
@@ -3062,17 +3062,18 @@ def json_line(content):
     return json.dumps(without_nan(content), allow_nan=False) + "\n"
 
 
-def write_losses(path, losses, skipped, more=None):
+def write_losses(path, losses, skipped, more=()):
     """Write L_g and L_f of each step, losses (steps, 2), as lines of JSON.
 
     skipped  numbers of the steps that were left out, because their gradient was not finite
-    more     {number of a step: dict of what else belongs into its line}
+    more     dicts of what else belongs into the line of a step, each with the number of its "step"
     """
+    more = {values["step"]: values for values in more}
     with path_in_errors(path), path.open("w") as log:
         for i, (loss_g, loss_f) in enumerate(losses.tolist()):
             line = {"step": i + 1, "loss_g": loss_g, "loss_f": loss_f}
             line["skipped"] = i + 1 in skipped
-            line.update((more or {}).get(i + 1, {}))
+            line.update(more.get(i + 1, {}))
             log.write(json_line(line))
 
 

@@ -122,10 +122,16 @@ LADDER = {
 FIXED_METHODS = ("unseen", "siss")
 
 # The evaluations that a sample takes with each SDE. DDPM's ancestral sampling needs more.
-NFE = {"vp": 20, "ve": 20, "ddpm": 50}
+NFE = {"vp": 20, "ve": 20, "subvp": 20, "ddpm": 50}
 
-# What makes a run tiny. It comes after all other flags: of one given twice the last counts.
-TINY = ("--quick", "--steps", 3, "--batch-size", 8, "--n", 40, "--nfe", 4)
+
+def tiny(argv):
+    """Return the flags that make a run tiny.
+
+    argv  its other flags, which come first: of one given twice the last counts
+    """
+    length = "--max-steps" if "--until" in argv else "--steps"
+    return ("--quick", length, 3, "--batch-size", 8, "--n", 40, "--nfe", 4)
 
 
 def weigh(method, weight):
@@ -173,13 +179,14 @@ def second_retain(method):
 HYPER_PARAMETERS = {
     "02": (
         *("dataset", "data_dir", "without", "sde", "steps", "batch_size", "lr", "ema"),
-        *("log_sigma", "wide", "width", "seed", "grad_accum", "compile", "quick"),
+        *("log_sigma", "wide", "width", "seed", "grad_accum", "compile", "bf16", "quick"),
     ),
     "03": (
-        *("dataset", "data_dir", "forget", "method", "sde", "from_scratch", "steps", "batch_size"),
-        *("lr", "alpha", "kappa", "eta", "c", "ort", "no_floor", "forget_every", "retain"),
+        *("dataset", "data_dir", "forget", "method", "sde", "from_scratch"),
+        *("until", "max_steps", "steps", "batch_size", "lr"),
+        *("alpha", "kappa", "eta", "c", "ort", "no_floor", "forget_every", "retain"),
         *("uniform_t", "log_sigma", "ema"),
-        *("n", "nfe", "seed", "grad_accum", "compile", "quick"),
+        *("n", "nfe", "seed", "grad_accum", "compile", "bf16", "quick"),
     ),
 }
 SCRIPTS = {"02": "02_train_sde.py", "03": "03_unlearn.py"}
@@ -357,13 +364,13 @@ def run(name, *argv, figures=None, quick=False, dry=False):
     name     of the run in the table
     argv     its flags without --dataset, strings and numbers
     figures  function of the run's network that returns a dict of more figures, or None
-    quick    run it with TINY
+    quick    run it tiny
     dry      "list" or "look": do not run it but return None if it is missing; "look" prints nothing
     """
     argv = ("--dataset", "mnist", *argv)
     # Flags may have been chosen anew since a run was kept under this name, so the command has to be
     # the same. The table of --quick has the tiny one, also when it is only looked at.
-    commands = {"full": command_of(argv), "tiny": command_of((*argv, *TINY))}
+    commands = {"full": command_of(argv), "tiny": command_of((*argv, *tiny(argv)))}
     known = load().get(name)
     if known and known["command"] not in commands.values():
         known = None
@@ -376,7 +383,7 @@ def run(name, *argv, figures=None, quick=False, dry=False):
     print(f"\n=== {name}: {command}", flush=True)
     folder = execute(name, command)
     result = json.loads((folder / "result.json").read_text())
-    for key in ("args", "made_from"):  # the command says the same
+    for key in ("args", "made_from", "looks"):  # the command says the same; looks are for a plot
         result.pop(key, None)
     if figures is not None:
         result.update(figures(common.load_net(folder / "model.pt", command)))
@@ -1049,6 +1056,72 @@ def group_paper(methods=tuple(PAPER_ROWS), **how):
         PAPER_ROWS[row](**how)
 
 
+# ---- until it has forgotten ----------------------------------------------------------------------
+
+
+def until_row(*forget, wish=1.0, sde="vp", more=()):
+    """Return all flags of a run of 03 that ends by itself.
+
+    forget  the classes to forget
+    wish    the UR to come to, in percent
+    more    flags that come last
+    """
+    argv = ["--forget", *forget, "--method", "obt-rel", "--sde", sde, "--until", wish]
+    argv += ["--max-steps", 1000, "--batch-size", 64, "--lr", 1e-3, "--retain", "distill"]
+    argv += ["--no-uniform-t", "--log-sigma", 0.0, 0.7, "--ema", 0.98]
+    return (*argv, "--n", 2000, "--nfe", NFE[sde], *more)
+
+
+def until_rows():
+    """Return the runs of group until, {name: flags}, the most important ones first."""
+    rows = {str(digit): until_row(digit) for digit in range(10)}
+    # The more is to be forgotten, the more of it the judge's mistakes alone leave over.
+    for forget in ((3, 7), (4, 9), (0, 1), (1, 5, 8)):
+        rows["-".join(map(str, forget))] = until_row(*forget, wish=1.5)
+    rows["0-1-2-3-4"] = until_row(*range(5), wish=2.0)
+    for sde in ("ve", "subvp", "ddpm"):
+        for digit in (3, 7):
+            rows[f"{sde}/{digit}"] = until_row(digit, sde=sde)
+    for seed in (1, 2):
+        rows[f"3/s{seed}"] = until_row(3, more=("--seed", seed))
+    for seed in (0, 1, 2):
+        rows[f"bf16/s{seed}"] = until_row(3, more=("--seed", seed, "--bf16"))
+    return rows
+
+
+def group_until(methods=(), **how):
+    """Run obt-rel until it has forgotten, without a strength and a length that somebody chose."""
+    for name, argv in until_rows().items():
+        if not methods or name in methods:
+            run(f"until/{name}", *argv, **how)
+
+
+def until_lines(rows):
+    """Yield the table of runs that end by themselves; seconds are those of training and looks."""
+    yield (
+        "| forget | UR % (95 %) | FD / Standard's | class_min_ratio, of | unsure % "
+        "| steps, kappa | s, of looks | reached |"
+    )
+    yield "|---|---|---|---|---|---|---|---|"
+    for name in (name for name in until_rows() if name in rows):
+        result = rows[name]
+        low, high = result["ur_interval"]
+        cells = [
+            f"{result['ur_before']:.2f} > {result['ur_after']:.2f} [{low:.1f}, {high:.1f}]",
+            f"x{result['fd_after'] / result['fd_before']:.2f}",
+            f"{result['class_min_ratio']:.2f}, {result['worst_class']}",
+            f"{result['low_confidence_before']:.1f} > {result['low_confidence_after']:.1f}",
+            f"{result['steps']}, {result['kappa']:.2f}",
+            f"{result['seconds_trained']:.0f}, {result['seconds_of_looks']:.0f}",
+            "; ".join(result["not_reached"]) or "yes",
+        ]
+        yield f"| {name} | {' | '.join(cells)} |"
+    digits = [rows[str(digit)] for digit in range(10) if str(digit) in rows]
+    if len(digits) == 10:
+        seconds = statistics.median(result["seconds_trained"] for result in digits)
+        yield f"\nMedian of the ten digits: {seconds:.0f} s without the measures."
+
+
 # ---- measures that kept runs did not have --------------------------------------------------------
 
 
@@ -1526,6 +1599,12 @@ GROUPS = {
         group_paper,
         paper_lines,
         rows=tuple(PAPER_ROWS),
+    ),
+    "until": Group(
+        "Until it has forgotten: obt-rel finds its length and its strength by itself.",
+        group_until,
+        until_lines,
+        rows=tuple(until_rows()),
     ),
     "instead": Group(
         "What stands where the Standard model drew a 3: the runs of the tables above, made again.",

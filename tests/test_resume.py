@@ -223,7 +223,7 @@ def test_sigterm_saves_and_the_line_that_it_prints_goes_on(small_base, tmp_path)
     assert (python, Path(script).name) == ("python", SCRIPTS["03"].name)
 
     # Few steps more are enough to see that it goes on.
-    def stop_soon(args, model, *_):
+    def stop_soon(args, data, model, *_):
         raise Crash(len(model.losses))
 
     with pytest.raises(Crash, match=re.escape(str((step // 50 + 1) * 50))):

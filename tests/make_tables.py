@@ -715,6 +715,7 @@ def measure_standard(path, command, sde, quick):
         device="cpu",
         quick=quick,
         seed=0,
+        bf16=False,
         n=20 if quick else 2000,
         nfe=2 if quick else NFE[sde],
     )

@@ -22,6 +22,7 @@ from conftest import (
     load_weights,
     only_run,
     quick,
+    read_json,
     run_function,
     run_process,
     run_script,
@@ -703,14 +704,15 @@ def read_log(path, keys):
 def test_torchrun_two_processes_train_like_one(tmp_path):
     """02 and 03 end with the same weights and losses, and one of the two processes writes.
 
-    The one process does the same batch in two parts.
+    The one process does the same batch in two parts. 03 looks at its samples after four steps, and
+    decides by them, in two processes too.
     """
     one = tmp_path / "one"
     two = tmp_path / "two"
-    train = ("--quick", "--steps", 3, "--batch-size", 8)
+    train = ("--quick", "--batch-size", 8)
     commands = {
-        "02": (*train, "--width", 16),
-        "03": (*train, "--forget", 3, "--n", 20, "--nfe", 2),
+        "02": (*train, "--steps", 3, "--width", 16),
+        "03": (*train, "--max-steps", 6, "--forget", 3, "--n", 20, "--nfe", 2),
     }
     for number, argv in commands.items():
         check_success(run_script(number, *argv, "--grad-accum", 2, "--out", one))
@@ -726,6 +728,10 @@ def test_torchrun_two_processes_train_like_one(tmp_path):
         for key in alone:
             close = torch.allclose(alone[key], shared[key], rtol=1e-4, atol=1e-6)
             assert close, f"{file}: {key} differs"
+
+    looks = [read_json(only_run(out) / "result.json")["looks"] for out in (one, two)]
+    assert len(looks[0]) > 0
+    assert looks[0] == looks[1]
 
     keys = {"base.pt": ["loss"], "model.pt": ["loss_g", "loss_f"]}
     for file, paths in files.items():

@@ -682,6 +682,34 @@ def test_ve_table_shows_the_weight_found_with_standard_first(maker):
     assert obt == f"| obt/0.8 | {' | '.join(cells)} | 300 |"
 
 
+def test_every_run_of_until_finds_length_and_strength_by_itself(speller):
+    rows = speller["until_rows"]()
+    assert {str(digit) for digit in range(10)} < set(rows)
+    for argv in rows.values():
+        flags = speller["spell_out"](["--dataset", "mnist", *argv])
+        assert "--until" in flags
+        assert "--max-steps" in flags
+        assert not {"--steps", "--kappa", "--alpha"} & set(flags)
+        tiny = speller["spell_out"](["--dataset", "mnist", *argv, *speller["tiny"](argv)])
+        assert value_of(tiny, "--max-steps") == "3"
+
+
+def test_until_table_says_what_was_not_reached(maker):
+    run = {
+        **{"ur_before": 10.0, "ur_after": 0.5, "ur_interval": [0.2, 0.9]},
+        **{"fd_before": 0.5, "fd_after": 0.6, "class_min_ratio": 0.81, "worst_class": "5"},
+        **{"low_confidence_before": 10.0, "low_confidence_after": 9.0, "not_reached": []},
+        **{"steps": 300, "kappa": 2.5, "seconds_trained": 100.0, "seconds_of_looks": 15.0},
+    }
+    rows = {str(digit): {**run, "seconds_trained": 100.0 + digit} for digit in range(10)}
+    rows["3"]["not_reached"] = ["UR 2 %", "and more"]
+    lines = list(maker["until_lines"](rows))
+    cells = "0.81, 5 | 10.0 > 9.0 | 300, 2.50 |"
+    assert lines[2] == f"| 0 | 10.00 > 0.50 [0.2, 0.9] | x1.20 | {cells} 100, 15 | yes |"
+    assert lines[5].endswith("| 103, 15 | UR 2 %; and more |")
+    assert "104 s" in lines[-1], "the median of 100 to 109"
+
+
 def test_a_figure_that_is_null_in_the_table_is_nan_again(maker, tmp_path):
     """JSON has no NaN; the mean of several runs needs numbers."""
     entry = maker["keep"]("group/one", "command", {"fd_after": math.nan, "n": 3})

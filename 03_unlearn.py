@@ -897,7 +897,8 @@ def say_missed(figures, most, class_names):  # <-- 03
     """Say in words which bounds the figures of `pool` miss: a list of texts; see missed."""
     worst_class = figures["worst_class"]
     name = "" if worst_class is None else class_names[worst_class]
-    unsure, unsure_before = figures["unsure"], figures["unsure_before"]
+    unsure = figures["unsure"]
+    unsure_before = figures["unsure_before"]
     texts = {
         "ur": f"UR {figures['ur']:.2f} %, and not {most:g} %",
         "kept": f"of '{name}' {100 * figures['worst']:.0f} % are left, and not {100 * KEPT:.0f} %",
@@ -1327,7 +1328,8 @@ def usual_values(args):
     is_other_kind = ends_by_itself(usual) != ends_by_itself(args)
     if is_other_kind:
         # A length or a result in place of the usual one: it is named, and the rest is as usual.
-        usual.steps, usual.until = args.steps, args.until
+        usual.steps = args.steps
+        usual.until = args.until
     common.fill_defaults(usual, defaults(usual), quick_defaults(usual))
     if is_other_kind:
         values.update(steps=None, until=None)

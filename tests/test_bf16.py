@@ -45,7 +45,8 @@ class Types:
         function = getattr(common, name)
 
         def run(*args, **more):
-            before, self.doing = self.doing, name
+            before = self.doing
+            self.doing = name
             try:
                 return function(*args, **more)
             finally:

@@ -54,7 +54,7 @@ def test_the_key_of_a_likelihood_holds_the_images(small, monkeypatch):
     assert keys[0] != keys[2]
 
 
-CHANGES = {"quick": True, "seed": 1, "nfe": 3, "n": 5, "sde": "ve", "device": "cuda"}
+CHANGES = {"quick": True, "seed": 1, "nfe": 3, "n": 5, "sde": "ve", "device": "cuda", "bf16": True}
 
 
 @pytest.mark.parametrize("name", CHANGES)

@@ -119,8 +119,8 @@ def arguments(argv):
 def flags():
     """Return a parser of this script's flags and of those that all scripts share."""
     helps = {
-        "--steps": "training steps (default: 260 for mnist, see common.RECIPES; 3000 with "
-        "--from-scratch)",
+        "--steps": "train for so many steps (default: --until for obt-rel, 3000 with "
+        "--from-scratch, else 260 for mnist, see common.RECIPES)",
         "--batch-size": "images a step, of D_g and of D_f each (default: 64)",
         "--lr": "peak learning rate of Adam (default: 0.001 for obt-rel and siss, 0.0003 for "
         "others; 0.008 with --from-scratch)",
@@ -202,7 +202,7 @@ def add_length(p):  # <-- 03
         type=common.number(float, 0.01, 100),
         metavar="PCT",
         help="train until at most PCT %% of the samples show what is to be forgotten "
-        "(default of obt-rel: 1); --steps instead: a fixed length",
+        "(default: 1 for obt-rel without --steps; others have --steps)",
     )
     p.add_argument(
         "--max-steps",
@@ -222,8 +222,8 @@ def add_weights(p):  # <-- 03
     p.add_argument(
         "--kappa",
         type=common.number(float, 0, 1000),
-        help="obt-rel: the same weight, relative to the sizes of D_g and D_f; with --until it stays "
-        "at this (default with --steps: 2.8; 2.4 with --sde subvp, 1.8 with ve)",
+        help="obt-rel: the same weight, relative to the sizes of D_g and D_f (default: --until "
+        "changes it on the way; with --steps 2.8, with --sde subvp 2.4, with ve 1.8)",
     )
     p.add_argument(
         "--eta",

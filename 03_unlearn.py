@@ -2,8 +2,7 @@
 
     python 03_unlearn.py --dataset mnist --forget 3                # 4 minutes on 2 CPU cores
     python 03_unlearn.py --dataset mnist --forget 3 7 --sde ve     # two classes, another noise
-    python 03_unlearn.py --dataset mnist --forget 3 --until 0.5    # half a percent of samples
-    python 03_unlearn.py --dataset mnist --forget 3 --steps 260    # a fixed length and strength
+    python 03_unlearn.py --dataset mnist --forget 3 --until 1      # at most 1 % of the samples
     python 03_unlearn.py --dataset mnist --forget 3 --method ort   # the paper's: ort, obt
     python 03_unlearn.py --dataset mnist --forget 3 --method siss  # or unseen, erasediff, ascent
     python 03_unlearn.py --dataset mnist --forget 3 --method obt --from-scratch
@@ -22,9 +21,9 @@ Changes from 02: two data sets instead of one, two losses instead of one, and th
 model. `grep "<-- 03" 03_unlearn.py` lists the places. `diff 02_train_sde.py 03_unlearn.py` shows
 what they replace in 02; what is not marked there concerns flags, files, measures and pictures.
 
-How long, and how hard? With --until, the default of obt-rel, nobody has to know. Now and then the
-run looks at its own samples. It pushes harder while too many of them show what is to be forgotten,
-and less where a kept class suffers. It ends when half of what was wished for is left, see `steer`.
+How long, and how hard? With --until nobody has to know. Now and then the run looks at its own
+samples. It pushes harder while too many of them show what is to be forgotten, and less where a kept
+class suffers. It ends when half of what was wished for is left, see `steer`.
 
 With MNIST there is nothing to download. All noise processes (--sde) start from the same checkpoint.
 siss, erasediff, ascent and unseen are rivals of the paper's methods. --from-scratch starts from
@@ -72,8 +71,8 @@ import common
 # weights that a search found are in docs/results.md, "Every method on a common footing".
 METHODS = {  # <-- 03
     # kappa says the same as alpha, but it does not depend on how much is forgotten: see set_alpha.
-    # It is that of a run with --steps: with --until it changes on the way.
-    "obt-rel": {"kappa": 2.8, "lr": 1e-3, "retain": "distill", "until": 1.0},
+    # With --until it changes on the way.
+    "obt-rel": {"kappa": 2.8, "lr": 1e-3, "retain": "distill"},
     "obt": {"alpha": 0.9, "lr": 3e-4},
     "ort": {"alpha": 0.95, "lr": 3e-4, "ort": "elementwise"},
     # No L_f: how much a model forgets that only goes on without D_f.
@@ -119,8 +118,8 @@ def arguments(argv):
 def flags():
     """Return a parser of this script's flags and of those that all scripts share."""
     helps = {
-        "--steps": "train for so many steps (default: --until for obt-rel, 3000 with "
-        "--from-scratch, else 260 for mnist, see common.RECIPES)",
+        "--steps": "training steps (default: 260 for mnist, see common.RECIPES; 3000 with "
+        "--from-scratch)",
         "--batch-size": "images a step, of D_g and of D_f each (default: 64)",
         "--lr": "peak learning rate of Adam (default: 0.001 for obt-rel and siss, 0.0003 for "
         "others; 0.008 with --from-scratch)",
@@ -202,7 +201,7 @@ def add_length(p):  # <-- 03
         type=common.number(float, 0.01, 100),
         metavar="PCT",
         help="train until at most PCT %% of the samples show what is to be forgotten "
-        "(default: 1 for obt-rel without --steps; others have --steps)",
+        "(default: train for --steps)",
     )
     p.add_argument(
         "--max-steps",
@@ -222,8 +221,8 @@ def add_weights(p):  # <-- 03
     p.add_argument(
         "--kappa",
         type=common.number(float, 0, 1000),
-        help="obt-rel: the same weight, relative to the sizes of D_g and D_f (default: --until "
-        "changes it on the way; with --steps 2.8, with --sde subvp 2.4, with ve 1.8)",
+        help="obt-rel: the same weight, relative to the sizes of D_g and D_f (default: 2.8; 2.4 "
+        "with --sde subvp, 1.8 with ve; --until changes it on the way)",
     )
     p.add_argument(
         "--eta",
@@ -291,7 +290,7 @@ def refuse_until(args):
             "--until trains as long as it takes and --steps for a fixed length: "
             "give one of them, or --until with --max-steps"
         )
-    if args.max_steps is not None and not ends_by_itself(args):
+    if args.max_steps is not None and args.until is None:
         common.exit_with_error("--max-steps has no part in a run without --until; leave it out")
     if args.until is not None and args.from_scratch:
         common.exit_with_error(
@@ -335,7 +334,7 @@ def defaults(args):
     if args.from_scratch:  # a training like that of 02, but shorter
         values.update(steps=3000, lr=8e-3, ema=0.999)
     # Either the length is fixed, or the result: then length and strength follow from it.
-    superfluous = ("steps", "kappa") if ends_by_itself(args) else ("until", "max_steps")
+    superfluous = ("max_steps",) if args.until is None else ("steps", "kappa")
     return {name: value for name, value in values.items() if name not in superfluous}
 
 
@@ -345,11 +344,6 @@ def usual_kappa(sde):
     # has only 1/3 (vp), 1/4 (subvp) or 1/5 (ve) as many. The fewer it has, the harder the same
     # kappa pushes.
     return {"ve": 1.8, "subvp": 2.4}.get(sde, METHODS["obt-rel"]["kappa"])
-
-
-def ends_by_itself(args):
-    """Return whether a run has --until, given or by default."""
-    return args.steps is None and (args.until or METHODS[args.method].get("until")) is not None
 
 
 def quick_defaults(args):
@@ -1324,16 +1318,11 @@ def usual_values(args):
     usual = flags().parse_args(["--dataset", args.dataset, "--forget", "any", *method])
     usual.quick = args.quick
     usual.from_scratch = args.from_scratch
-    values = vars(usual)
-    is_other_kind = ends_by_itself(usual) != ends_by_itself(args)
-    if is_other_kind:
-        # A length or a result in place of the usual one: it is named, and the rest is as usual.
-        usual.steps = args.steps
-        usual.until = args.until
+    # A wish takes the place of length and strength. It is named, so it is not usual itself.
+    usual.until = args.until
     common.fill_defaults(usual, defaults(usual), quick_defaults(usual))
-    if is_other_kind:
-        values.update(steps=None, until=None)
-    return values
+    usual.until = None
+    return vars(usual)
 
 
 def set_apart_if_worse(result, out, folder):

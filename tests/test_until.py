@@ -315,7 +315,7 @@ class Watched:
     """
 
     def __init__(self, unlearn, monkeypatch, forgotten, *flags, **harm):
-        self.args = arguments(unlearn, "--quick", *flags)
+        self.args = arguments(unlearn, "--quick", "--until", 1, *flags)
         self.alphas = []
         self.averages = []  # the weights of the average at each look
         self.data = make_data(unlearn)
@@ -399,10 +399,11 @@ def test_a_strength_that_is_given_stays_and_so_does_the_stop(unlearn, monkeypatc
 @pytest.mark.parametrize(
     "flags, until, steps, max_steps",
     [
-        ("", 1.0, None, 1000),
+        ("", None, 260, None),
+        ("--until 1", 1.0, None, 1000),
         ("--until 0.5 --max-steps 300", 0.5, None, 300),
-        ("--kappa 2", 1.0, None, 1000),
-        ("--steps 260", None, 260, None),
+        ("--until 1 --kappa 2", 1.0, None, 1000),
+        ("--steps 300", None, 300, None),
         ("--method ort", None, 260, None),
         ("--method ort --until 2", 2.0, None, 1000),
         ("--method ort --from-scratch", None, 3000, None),
@@ -416,8 +417,8 @@ def test_a_run_has_a_wish_or_a_length(unlearn, flags, until, steps, max_steps):
 def test_a_fixed_length_has_the_usual_strength(unlearn):
     assert arguments(unlearn, "--steps", 260).kappa == 2.8
     assert arguments(unlearn, "--steps", 260, "--sde", "ve").kappa == 1.8
-    assert arguments(unlearn).kappa is None
-    assert unlearn.first_kappa(arguments(unlearn, "--kappa", 2)) is None
+    assert arguments(unlearn, "--until", 1).kappa is None
+    assert unlearn.first_kappa(arguments(unlearn, "--until", 1, "--kappa", 2)) is None
 
 
 REFUSED = {
@@ -439,7 +440,7 @@ def test_what_makes_no_sense_is_one_line(unlearn, flags):
 # ---- whole runs ----------------------------------------------------------------------------------
 
 # A network with random weights draws nothing but 8s in two evaluations.
-NEVER = "--quick --forget 8 --batch-size 4 --max-steps 9 --n 20 --nfe 2".split()
+NEVER = "--quick --forget 8 --until 1 --batch-size 4 --max-steps 9 --n 20 --nfe 2".split()
 
 
 @pytest.fixture(scope="module")

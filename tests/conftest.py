@@ -241,6 +241,8 @@ def folder_of_all_tests(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", str(folder))  # for the processes that tests start
         patch.setattr(tempfile, "tempdir", str(folder))
+        # PyTorch leaves its choice here, also for a pytest that a test starts (exercise.py).
+        patch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
         # One higher: pytest itself clears away what earlier runs have left there.
         watch.folder = folder.parent
         yield folder

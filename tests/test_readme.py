@@ -27,6 +27,7 @@ README = PAGES["README.md"]
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     """The current folder of a test: reading the flags of a script makes the folder out/ there."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(page_tables.make_tables.PLACES, "runs", tmp_path / "tables")
 
 
 # ---- the size of README --------------------------------------------------------------------------

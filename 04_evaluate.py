@@ -458,7 +458,11 @@ def measures(setup, drawn, standard):
     result["coverage"] = coverage
     if setup.args.fid:
         cache = setup.folder / "kept"
-        result["fid"] = fid(comparable(drawn["images"]), setup.real_images, setup.args, cache)
+        # The features of the real images are the same for all models.
+        name = f"real-{real_key(setup.real_images, setup.args.inception_weights)}"
+        kept = {"cache_root": str(cache), "input2_cache_name": name}
+        fake = comparable(drawn["images"])
+        result["fid"] = common.standard_fid(setup.args, fake, setup.real_images, **kept)
     return result
 
 
@@ -488,34 +492,6 @@ def density_coverage(real, fake, k=5):
     density = inside.double().sum().item() / (k * len(fake))
     coverage = inside.any(1).double().mean().item()
     return density, coverage
-
-
-def fid(fake, real, args, cache):
-    """Compute the standard FID of fake and real images, uint8 (N, C, H, W), by torch-fidelity.
-
-    cache  folder for the features of `real`, which are the same for all models
-
-    FID takes the features of the Inception network, of images that are resized as TensorFlow does
-    it. So it can be compared with the literature. Our FD takes the judge's features, and its scale
-    is another one.
-    """
-    import torch_fidelity
-
-    def as_dataset(images):
-        # It wants a Dataset of (3, H, W) bytes. expand repeats a grey channel and copies nothing.
-        return torch.utils.data.Subset(images.expand(-1, 3, -1, -1), range(len(images)))
-
-    result = torch_fidelity.calculate_metrics(
-        input1=as_dataset(fake),
-        input2=as_dataset(real),
-        fid=True,
-        cuda=args.device != "cpu",
-        verbose=False,
-        cache_root=str(cache),
-        input2_cache_name=f"real-{real_key(real, args.inception_weights)}",
-        feature_extractor_weights_path=args.inception_weights,
-    )
-    return result["frechet_inception_distance"]
 
 
 def real_key(real, inception_weights):

@@ -1061,7 +1061,7 @@ def measure(args, judge, pictures, part_g, real):
     result["fd"] = common.frechet_distance(features, real.features)
     if args.fid:
         fake = torch.cat([pictures[prompt] for prompt in args.keep])
-        result["fid"] = fid(args, fake, part_g.pictures)
+        result["fid"] = common.standard_fid(args, fake, part_g.pictures)
     return result
 
 
@@ -1106,21 +1106,6 @@ def measure_forgotten(args, judge, verdicts, real):
         "noise": common.percent(torch.cat(is_noise)),
         "class_counts": dict(sorted(counts.items())),
     }
-
-
-def fid(args, fake, real):
-    """Compute the standard FID of fake and real pictures, by torch-fidelity; see 04."""
-    import torch_fidelity
-
-    result = torch_fidelity.calculate_metrics(
-        input1=torch.utils.data.Subset(fake, range(len(fake))),
-        input2=torch.utils.data.Subset(real, range(len(real))),
-        fid=True,
-        cuda=args.device != "cpu",
-        verbose=False,
-        feature_extractor_weights_path=args.inception_weights,
-    )
-    return result["frechet_inception_distance"]
 
 
 def attack(args, model, judge, part_f, real):

@@ -4296,6 +4296,33 @@ def refuse_missing_fid(args):
         )
 
 
+def standard_fid(args, fake, real, **more):
+    """Compute the standard FID of fake and real images, uint8 (N, C, H, W), by torch-fidelity.
+
+    more  other arguments of torch_fidelity.calculate_metrics
+
+    FID takes the features of the Inception network, of images that are resized as TensorFlow does
+    it. So it can be compared with the literature. Our FD takes the judge's features, and its scale
+    is another one.
+    """
+    import torch_fidelity
+
+    def as_dataset(images):
+        # It wants a Dataset of (3, H, W) bytes. expand repeats a grey channel and copies nothing.
+        return torch.utils.data.Subset(images.expand(-1, 3, -1, -1), range(len(images)))
+
+    result = torch_fidelity.calculate_metrics(
+        input1=as_dataset(fake),
+        input2=as_dataset(real),
+        fid=True,
+        cuda=args.device != "cpu",
+        verbose=False,
+        feature_extractor_weights_path=args.inception_weights,
+        **more,
+    )
+    return result["frechet_inception_distance"]
+
+
 def add_seed(p):
     """Add the flag --seed to a Parser."""
     text = "of all random numbers: another seed is another try"

@@ -59,6 +59,35 @@ def run_script(number, *argv):
     return run_function(main, [str(value) for value in argv])
 
 
+def run_patched(patches, *argv):
+    """Run main(argv) of 03 with some of its names replaced -> Run."""
+    main = load_script("03")["main"]
+    main.__globals__.update(patches)
+    return run_function(main, [str(value) for value in argv])
+
+
+class Crash(Exception):
+    """What ends a run in the middle."""
+
+
+def crash_in_training(monkeypatch, step, *argv):
+    """Run 03 until an exception in this step, counted from 1; it saves after every step."""
+    guarded_step = common.guarded_step
+    count = 0
+
+    def step_or_crash(*args):
+        nonlocal count
+        count += 1
+        if count == step:
+            raise Crash
+        return guarded_step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "guarded_step", step_or_crash)
+        with pytest.raises(Crash):
+            run_patched({"SAVE_SECONDS": -1}, *argv)
+
+
 def run_process(*command, **options):
     """Run a Python file with its arguments as a process of its own -> Run."""
     argv = [sys.executable, *map(str, command)]

@@ -15,12 +15,15 @@ import torch
 from conftest import (
     ROOT,
     SCRIPTS,
+    Crash,
     check_refusal,
     check_success,
+    crash_in_training,
     load_script,
     load_weights,
     quick,
     run_function,
+    run_patched,
     run_process,
     run_script,
     same_weights,
@@ -39,17 +42,6 @@ METHODS = {
 }
 
 
-class Crash(Exception):
-    """What ends a run in the middle."""
-
-
-def run_patched(patches, *argv):
-    """Run main(argv) of 03 with some of its names replaced -> Run."""
-    main = load_script("03")["main"]
-    main.__globals__.update(patches)
-    return run_function(main, [str(value) for value in argv])
-
-
 def run_main(monkeypatch, *argv):
     """Run 03 as a program does, by common.run, but in this process -> Run."""
     monkeypatch.setattr(sys, "argv", ["03_unlearn.py", *map(str, argv)])
@@ -58,24 +50,6 @@ def run_main(monkeypatch, *argv):
     for signum, handler in handlers.items():
         signal.signal(signum, handler)
     return run
-
-
-def crash_in_training(monkeypatch, step, *argv):
-    """Run 03 until an exception in this step, counted from 1; it saves after every step."""
-    guarded_step = common.guarded_step
-    count = 0
-
-    def step_or_crash(*args):
-        nonlocal count
-        count += 1
-        if count == step:
-            raise Crash
-        return guarded_step(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(common, "guarded_step", step_or_crash)
-        with pytest.raises(Crash):
-            run_patched({"SAVE_SECONDS": -1}, *argv)
 
 
 def crash_in_drawing(monkeypatch, step, *argv):

@@ -13,6 +13,7 @@ import torch
 from conftest import (
     check_refusal,
     check_success,
+    crash_in_training,
     load_script,
     load_weights,
     only_run,
@@ -494,30 +495,11 @@ def test_the_status_says_whether_the_wish_was_reached(never, quick, status):
     assert (stop.value.code or 0) == status
 
 
-class Crash(Exception):
-    """What ends a run in the middle."""
-
-
 @pytest.mark.parametrize("step", [5, 9])
 def test_a_run_that_was_stopped_ends_as_if_nothing_had_happened(never, tmp_path, monkeypatch, step):
     write_small_base(tmp_path)
-    guarded_step = common.guarded_step
-    count = 0
-
-    def step_or_crash(*args):
-        nonlocal count
-        count += 1
-        if count == step:
-            raise Crash
-        return guarded_step(*args)
-
     argv = [*NEVER, "--out", str(tmp_path)]
-    with monkeypatch.context() as patch:
-        patch.setattr(common, "guarded_step", step_or_crash)
-        main = load_script("03")["main"]
-        patch.setitem(main.__globals__, "SAVE_SECONDS", -1)
-        with pytest.raises(Crash):
-            main(argv)
+    crash_in_training(monkeypatch, step, *argv)
     check_success(run_script("03", *argv, "--resume"))
     _, whole = never
     files = [only_run(out) for out in (whole, tmp_path)]

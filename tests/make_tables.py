@@ -944,6 +944,11 @@ def choose_paper_alpha(method, retain, **how):
     return best_paper_alpha(found, standard)
 
 
+# By how much the NLL may rise on D_g, and by how much it has to rise on D_f, bits/dim.
+KEEPING = 1.1
+FORGETTING = 5
+
+
 def rises(result, standard):
     """Return by how much the NLL of D_g and that of D_f have risen, bits/dim."""
     return [result[key] - standard[key] for key in ("bpd_g", "bpd_f")]
@@ -955,7 +960,7 @@ def walk_is_over(found, standard):
     A training that broke down, without a number, has lost D_g.
     """
     rise = [rises(result, standard) for result in found.values()]
-    ends = [not (g <= 1.1 and f < 5) for g, f in rise]
+    ends = [not (g <= KEEPING and f < FORGETTING) for g, f in rise]
     return sum(ends) >= 2
 
 
@@ -966,8 +971,8 @@ def best_paper_alpha(found, standard):
     """
     rise = {alpha: rises(result, standard) for alpha, result in found.items()}
     sound = [alpha for alpha in found if all(map(math.isfinite, rise[alpha]))]
-    keeping = [alpha for alpha in sound if rise[alpha][0] <= 1.1]
-    forgetting = [alpha for alpha in keeping if rise[alpha][1] >= 5]
+    keeping = [alpha for alpha in sound if rise[alpha][0] <= KEEPING]
+    forgetting = [alpha for alpha in keeping if rise[alpha][1] >= FORGETTING]
     if forgetting:
         return min(forgetting, key=lambda alpha: found[alpha]["fd_after"])
     if keeping:

@@ -168,11 +168,12 @@ BOUND_KEYS = ("bound_bits_g", "bound_bits_f")
 def relearn():
     """Yield UR of each model after it has relearned from k images."""
     cells = {}  # {model: one cell for each k}
-    for row in read("relearn.json")["rows"]:
+    rows = read("relearn.json")["rows"]
+    for row in rows:
         cell = f"{row['ur']:.2f} {interval(row['ur_interval'])}"
         cells.setdefault(row["model"], []).append(cell)
-    counts = [str(row["k"]) for row in read("relearn.json")["rows"][: len(cells[row["model"]])]]
-    header = ["UR, %", "as it is", *[f"k = {k}" for k in counts[1:]]]
+    _, *counts = dict.fromkeys(row["k"] for row in rows)  # the first is 0: as it is
+    header = ["UR, %", "as it is", *[f"k = {k}" for k in counts]]
     return markdown(header, [[model, *own] for model, own in cells.items()])
 
 
@@ -384,8 +385,9 @@ def main(argv=None):
     for page in PAGES:
         path = common.HERE / page
         text = common.read_text(path)
-        if anew(text) != text:
-            path.write_text(anew(text), "utf-8")
+        new_text = anew(text)
+        if new_text != text:
+            path.write_text(new_text, "utf-8")
             print(f"wrote {page}")
 
 

@@ -999,7 +999,7 @@ def first_kappa(args):  # <-- 03
     if args.until is None or is_fixed:
         return None
     # Gentler than a run of a fixed length: what a stronger push costs cannot be taken back.
-    return 0.85 * usual_kappa(args.sde)
+    return 0.75 * usual_kappa(args.sde)
 
 
 def alpha_now(args, data, model):  # <-- 03

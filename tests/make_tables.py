@@ -1073,7 +1073,7 @@ def until_row(*forget, wish=1.0, sde="vp", more=()):
     more    flags that come last
     """
     argv = ["--forget", *forget, "--method", "obt-rel", "--sde", sde, "--until", wish]
-    argv += ["--max-steps", 1000, "--batch-size", 64, "--lr", 1e-3, "--retain", "distill"]
+    argv += ["--max-steps", 1000, "--batch-size", 64, "--lr", 3e-3, "--retain", "distill"]
     argv += ["--no-uniform-t", "--log-sigma", 0.0, 0.7, "--ema", 0.98]
     return (*argv, "--n", 2000, "--nfe", NFE[sde], *more)
 

@@ -80,7 +80,7 @@ class Places:
     """Where this program keeps things; --quick moves both into a folder of its own."""
 
     runs: Path  # a folder for each run
-    table: Path  # the finished runs, {name: {"command": ..., the run's figures}}
+    table: Path  # the finished runs, {name: {"command": ..., the run's figures}}; see table_path
 
 
 PLACES = Places(runs=ROOT / "out" / "tables", table=ROOT / "assets" / "tables.json")
@@ -250,16 +250,26 @@ def command_of(argv, number="03"):
 # ---- running and keeping -------------------------------------------------------------------------
 
 
+def table_path(name):
+    """Return the file in which a run is kept; the runs that end by themselves have their own."""
+    return PLACES.table.with_name("until.json") if name.startswith("until/") else PLACES.table
+
+
 def load():
-    """Return the table so far, {name: {"command": ..., the run's figures}}."""
-    if not PLACES.table.exists():
+    """Return the tables so far as one, {name: {"command": ..., the run's figures}}."""
+    return {**load_file(table_path("")), **load_file(table_path("until/"))}
+
+
+def load_file(path):
+    """Return the runs of one file, none if there is no such file."""
+    if not path.exists():
         return {}
     try:
-        table = json.loads(common.read_text(PLACES.table))
+        table = json.loads(common.read_text(path))
         return {name: with_nan(result) for name, result in table.items()}
     except (ValueError, AttributeError) as error:  # no JSON, or not a table of runs
         common.exit_with_error(
-            f"{PLACES.table} is damaged ({error}); restore it with: git checkout {PLACES.table}"
+            f"{path} is damaged ({error}); restore it with: git checkout {path}"
         )
 
 
@@ -274,9 +284,10 @@ def with_nan(result):
 def keep(name, command, result):
     """Add one finished run to the table, and return its entry."""
     entry = {"command": command, **with_nan(result)}
+    path = table_path(name)
     # Read again just now: another process may have added its runs.
-    table = {**load(), name: entry}
-    write_json(PLACES.table, dict(sorted(table.items())))
+    table = {**load_file(path), name: entry}
+    write_json(path, dict(sorted(table.items())))
     return entry
 
 
@@ -1113,10 +1124,10 @@ def until_lines(rows):
         result = rows[name]
         low, high = result["ur_interval"]
         cells = [
-            f"{result['ur_before']:.2f} > {result['ur_after']:.2f} [{low:.1f}, {high:.1f}]",
+            f"{result['ur_before']:.2f} to {result['ur_after']:.2f} [{low:.1f}, {high:.1f}]",
             f"x{result['fd_after'] / result['fd_before']:.2f}",
             f"{result['class_min_ratio']:.2f}, {result['worst_class']}",
-            f"{result['low_confidence_before']:.1f} > {result['low_confidence_after']:.1f}",
+            f"{result['low_confidence_before']:.1f} to {result['low_confidence_after']:.1f}",
             f"{result['steps']}, {result['kappa']:.2f}",
             f"{result['seconds_trained']:.0f}, {result['seconds_of_looks']:.0f}",
             "; ".join(result["not_reached"]) or "yes",
@@ -1124,8 +1135,11 @@ def until_lines(rows):
         yield f"| {name} | {' | '.join(cells)} |"
     digits = [rows[str(digit)] for digit in range(10) if str(digit) in rows]
     if len(digits) == 10:
-        seconds = statistics.median(result["seconds_trained"] for result in digits)
-        yield f"\nMedian of the ten digits: {seconds:.0f} s without the measures."
+        medians = [
+            statistics.median(result[key] for result in digits)
+            for key in ("steps", "kappa", "seconds_trained", "seconds_of_looks")
+        ]
+        yield "| median of the ten digits | | | | | {:.0f}, {:.2f} | {:.0f}, {:.0f} | |".format(*medians)
 
 
 # ---- measures that kept runs did not have --------------------------------------------------------

@@ -343,7 +343,7 @@ TABLES = {
     "toy": toy,
     "t2i": t2i,
 }
-for name in ("ve", "ddpm", "scratch", "nll", "noise", "paper", "instead", "angles"):
+for name in ("ve", "ddpm", "scratch", "nll", "noise", "paper", "until", "instead", "angles"):
     TABLES[name] = partial(group, name)
 
 

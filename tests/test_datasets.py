@@ -712,7 +712,7 @@ def test_torchrun_two_processes_train_like_one(tmp_path):
     train = ("--quick", "--batch-size", 8)
     commands = {
         "02": (*train, "--steps", 3, "--width", 16),
-        "03": (*train, "--until", 1, "--max-steps", 6, "--forget", 3, "--n", 20, "--nfe", 2),
+        "03": (*train, "--max-steps", 6, "--forget", 3, "--n", 20, "--nfe", 2),
     }
     for number, argv in commands.items():
         check_success(run_script(number, *argv, "--grad-accum", 2, "--out", one))

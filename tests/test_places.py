@@ -226,7 +226,7 @@ SPELLED_OUT = """--forget 3 --method obt-rel --sde vp --steps 260 --batch-size 6
     --kappa 2.8
     --retain distill --no-uniform-t --log-sigma 0 0.7 --ema 0.98 --n 2000 --nfe 20 --seed 0"""
 SAME_RUNS = {
-    "defaults and the flags of the pages": ("--forget 3", SPELLED_OUT),
+    "a fixed length and its flags": ("--forget 3 --steps 260", SPELLED_OUT),
     "classes in another order": ("--forget 3 7", "--forget 7 3"),
     "elementwise": ("--forget 3 --method ort", "--forget 3 --method ort --ort elementwise"),
     "another device": ("--forget 3", "--forget 3 --device cpu --cache-dir x"),
@@ -420,10 +420,13 @@ def test_the_shipped_base_is_fit(tmp_path):
 
 RUN_NAMES = {
     "": "obt-rel-vp",
-    "--kappa 2.8 --steps 260": "obt-rel-vp",
-    "--until 1 --max-steps 1000": "obt-rel-vp-until1",
-    "--until 0.5 --max-steps 300": "obt-rel-vp-until0.5-max-steps300",
-    "--until 1 --kappa 2.8": "obt-rel-vp-kappa2.8-until1",
+    "--until 1 --max-steps 1000": "obt-rel-vp",
+    "--until 0.5": "obt-rel-vp-until0.5",
+    "--max-steps 300": "obt-rel-vp-max-steps300",
+    "--kappa 2.8": "obt-rel-vp-kappa2.8",
+    "--steps 260": "obt-rel-vp-steps260",
+    "--kappa 2.8 --steps 260": "obt-rel-vp-steps260",
+    "--sde ve --steps 260 --kappa 2.8": "obt-rel-ve-kappa2.8-steps260",
     "--method ort --until 1": "ort-vp-until1",
     "--bf16": "obt-rel-vp-bf16",
     "--kappa 2 --steps 1000": "obt-rel-vp-kappa2-steps1000",

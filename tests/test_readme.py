@@ -54,7 +54,7 @@ OTHER_TABLES = {
     "`--dataset`": "sizes of downloads",
     "what": "names and lines of the released code",
     "sitting": "a plan",
-    "`python 03_unlearn.py --dataset mnist`": "runs of 03 that were not kept",
+    "`python 03_unlearn.py --dataset mnist --steps 260`": "runs of 03 that were not kept",
     "forgotten": "runs on a made-up data set that were not kept",
 }
 

@@ -704,10 +704,10 @@ def test_until_table_says_what_was_not_reached(maker):
     rows = {str(digit): {**run, "seconds_trained": 100.0 + digit} for digit in range(10)}
     rows["3"]["not_reached"] = ["UR 2 %", "and more"]
     lines = list(maker["until_lines"](rows))
-    cells = "0.81, 5 | 10.0 > 9.0 | 300, 2.50 |"
-    assert lines[2] == f"| 0 | 10.00 > 0.50 [0.2, 0.9] | x1.20 | {cells} 100, 15 | yes |"
+    cells = "0.81, 5 | 10.0 to 9.0 | 300, 2.50 |"
+    assert lines[2] == f"| 0 | 10.00 to 0.50 [0.2, 0.9] | x1.20 | {cells} 100, 15 | yes |"
     assert lines[5].endswith("| 103, 15 | UR 2 %; and more |")
-    assert "104 s" in lines[-1], "the median of 100 to 109"
+    assert "| 104, 15 |" in lines[-1], "the median of 100 to 109"
 
 
 def test_a_figure_that_is_null_in_the_table_is_nan_again(maker, tmp_path):

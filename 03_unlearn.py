@@ -24,7 +24,8 @@ what they replace in 02; what is not marked there concerns flags, files, measure
 
 How long, and how hard? With --until, the default of obt-rel, nobody has to know. Now and then the
 run looks at its own samples. It pushes harder while too many of them show what is to be forgotten,
-and less where a kept class suffers. It ends when half of what was wished for is left, see `steer`.
+and less where a kept class suffers; L_g then sees more images of that class. It ends when half of
+what was wished for is left. See `steer` and `protect`.
 
 With MNIST there is nothing to download. All noise processes (--sde) start from the same checkpoint.
 siss, erasediff, ascent and unseen are rivals of the paper's methods. --from-scratch starts from
@@ -816,11 +817,13 @@ class Check(NamedTuple):  # <-- 03
 # With 10 evaluations twice as many samples of a digit seem to be left as with 15 or 20.
 CHECK = Check(first=100, every=50, n=250, nfe=12)
 QUICK_CHECK = Check(first=4, every=4, n=20, nfe=2)
-CHECK_NFE = {"ddpm": 20}  # ancestral steps need more
+CHECK_NFE = {"ddpm": 30}  # ancestral steps need more
 
 NUM_POOLED = 4  # the last looks that count together: 1,000 samples, each from its own noise
 CHECK_STREAM = 10**6  # makes their noise another one than that of the samples "after"
 KEPT = 0.8  # so much of each kept class has to stay
+# And so much of it in the samples of the end: chance alone takes or adds a tenth of 200 samples.
+KEPT_AT_THE_END = 0.7
 RARE = 20  # of a class that the Standard model draws less often than this nothing can be said
 
 
@@ -905,21 +908,22 @@ def protect(shares, left):  # <-- 03
     return [min(4.0, max(1.0, share / max(part, 0.25))) for share, part in zip(shares, left)]
 
 
-def missed(figures, most):  # <-- 03
+def missed(figures, most, kept=KEPT):  # <-- 03
     """Return which bounds the figures of `pool` miss: {name: by which factor, above 1}.
 
     most  the largest UR, in percent
+    kept  the least that may be left of a kept class, 1 is all
     """
     factors = {
         "ur": figures["ur"] / most,
-        "kept": KEPT / max(figures["worst"], 0.01),
+        "kept": kept / max(figures["worst"], 0.01),
         # Half more than the Standard model's; 1 % if the judge is sure of all of those.
         "unsure": figures["unsure"] / (1 + 1.5 * figures["unsure_before"]),
     }
     return {name: factor for name, factor in factors.items() if factor > 1}
 
 
-def say_missed(figures, most, class_names):  # <-- 03
+def say_missed(figures, most, class_names, kept=KEPT):  # <-- 03
     """Say in words which bounds the figures of `pool` miss: a list of texts; see missed."""
     worst_class = figures["worst_class"]
     name = "" if worst_class is None else class_names[worst_class]
@@ -927,10 +931,10 @@ def say_missed(figures, most, class_names):  # <-- 03
     unsure_before = figures["unsure_before"]
     texts = {
         "ur": f"UR {figures['ur']:.2f} %, and not {most:g} %",
-        "kept": f"of '{name}' {100 * figures['worst']:.0f} % are left, and not {100 * KEPT:.0f} %",
+        "kept": f"of '{name}' {100 * figures['worst']:.0f} % are left, and not {100 * kept:.0f} %",
         "unsure": f"the judge is unsure of {unsure:.1f} %, before of {unsure_before:.1f} %",
     }
-    return [texts[name] for name in missed(figures, most)]
+    return [texts[name] for name in missed(figures, most, kept)]
 
 
 def check_of(args):  # <-- 03
@@ -1097,7 +1101,8 @@ def not_reached(args, data, model, result):  # <-- 03
         texts = say_missed(best, args.until / 2, data.class_names)
         texts = texts or ["too few looks to be sure"]
         reasons = [f"{text} ({args.max_steps} steps, {best['num']:,} samples)" for text in texts]
-    texts = say_missed(fresh_figures(data, result), args.until, data.class_names)
+    fresh = fresh_figures(data, result)
+    texts = say_missed(fresh, args.until, data.class_names, KEPT_AT_THE_END)
     return reasons + [f"{text} ({result['n']:,} fresh samples)" for text in texts]
 
 

@@ -282,6 +282,23 @@ def test_what_stood_in_the_way_is_said_in_words(unlearn, changes, words):
         assert word in texts[0]
 
 
+@pytest.mark.parametrize("fragile, num_texts", [(160, 0), (130, 1)])
+def test_the_end_forgives_what_chance_can_take_of_a_class(unlearn, fragile, num_texts):
+    """Of 200 samples of a class 160 are 73 % of it here, as the other classes got the 3s."""
+    after = [220] * NUM_CLASSES
+    after[3] = 0
+    after[FRAGILE] = fragile
+    result = {
+        "n": 2000,
+        "class_counts": {"before": [200] * NUM_CLASSES, "after": after},
+        "low_confidence_before": 10.0,
+        "low_confidence_after": 10.0,
+    }
+    args = arguments(unlearn, "--until", 1)
+    model = types.SimpleNamespace(course=unlearn.Course(has_ended=True))
+    assert len(unlearn.not_reached(args, make_data(unlearn), model, result)) == num_texts
+
+
 def test_the_guess_of_the_time_follows_the_fall(unlearn):
     history = [{"step": 50, "ur": 8.0}, {"step": 100, "ur": 4.0}]
     assert unlearn.steps_to_aim(history, 1.0) == pytest.approx(100)

@@ -25,7 +25,7 @@ what they replace in 02; what is not marked there concerns flags, files, measure
 How long, and how hard? With --until, the default of obt-rel, nobody has to know. Now and then the
 run looks at its own samples. It pushes harder while too many of them show what is to be forgotten,
 and less where a kept class suffers; L_g then sees more images of that class. It ends when half of
-what was wished for is left. See `steer` and `protect`.
+the wished share is left at most. See `steer` and `protect`.
 
 With MNIST there is nothing to download. All noise processes (--sde) start from the same checkpoint.
 siss, erasediff, ascent and unseen are rivals of the paper's methods. --from-scratch starts from
@@ -34,7 +34,7 @@ forgotten by its absence: not_bangs.
 
 Writes out/<dataset>/forget-<names>/<method>-<sde>[-<flag><value>...][-scratch][-s<seed>]/, where a
 flag is named if it was given and changes the model: model.pt, result.json, log.jsonl, curves.png,
-before_after.png, with --animate flow.gif. Expect with --forget 3: see README. A run with --until
+before_after.png, with --animate flow.gif. Expect with --forget 3: UR about 0.7 %. A run with --until
 that does not come to its wish says what stood in the way ("not reached"), and ends with status 1;
 its best state is saved. A run that made things worse ends with status 1 too, and goes into a folder
 of its own, <name>-worse. Worse means more of what was to be forgotten than before, half of the

@@ -198,7 +198,7 @@ def add_measures(p):
     p.add_argument(
         "--n",
         type=common.number(int, 10),
-        help="pictures of each forgotten prompt, see README (default: 200)",
+        help="pictures of each forgotten prompt, see docs/results.md (default: 200)",
     )
     p.add_argument(
         "--nfe",

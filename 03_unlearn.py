@@ -34,9 +34,9 @@ forgotten by its absence: not_bangs.
 
 Writes out/<dataset>/forget-<names>/<method>-<sde>[-<flag><value>...][-scratch][-s<seed>]/, where a
 flag is named if it was given and changes the model: model.pt, result.json, log.jsonl, curves.png,
-before_after.png, with --animate flow.gif. Expect with --forget 3: UR about 0.7 %. A run with --until
-that does not come to its wish says what stood in the way ("not reached"), and ends with status 1;
-its best state is saved. A run that made things worse ends with status 1 too, and goes into a folder
+before_after.png, with --animate flow.gif. Expect with --forget 3: UR about 0.7 %. A run with
+--until that does not come to its wish says what stood in the way ("not reached"), and ends with
+status 1; its best state is saved. A run that made things worse ends with status 1 too, and goes into a folder
 of its own, <name>-worse. Worse means more of what was to be forgotten than before, half of the
 samples rubbish, or another class gone. A finished run of other settings, such as --n, is replaced
 only with --overwrite. A run that was stopped has left <name>.resume.pt beside its folder. --resume
@@ -106,8 +106,8 @@ BELONGS_TO = {
 # ---- arguments -----------------------------------------------------------------------------------
 
 MAX_STEPS = 1000  # of a run with --until
-# Its learning rate with obt-rel. A gentle push at a high rate comes to the same UR as a hard push at
-# a low rate, and it leaves more of the kept classes.
+# Its learning rate with obt-rel. A gentle push at a high rate comes to the same UR as a hard push
+# at a low rate, and it leaves more of the kept classes.
 UNTIL_LR = 3e-3
 # The defaults that differ under --quick.
 QUICK = {"steps": 5, "max_steps": 5, "batch_size": 16, "n": 40, "nfe": 4}
@@ -1042,7 +1042,7 @@ def first_kappa(args):  # <-- 03
 
 
 def draw_kept(data, model):  # <-- 03
-    """Draw a batch of D_g for L_g: (B, C, H, W); with --until those classes more often that lose."""
+    """Draw a batch of D_g for L_g: (B, C, H, W); classes that lose come more often, see protect."""
     index = data.index_g
     if model.course.shares is not None:
         weights = torch.tensor(model.course.shares, device=index.device)[data.labels_g]

@@ -268,9 +268,7 @@ def load_file(path):
         table = json.loads(common.read_text(path))
         return {name: with_nan(result) for name, result in table.items()}
     except (ValueError, AttributeError) as error:  # no JSON, or not a table of runs
-        common.exit_with_error(
-            f"{path} is damaged ({error}); restore it with: git checkout {path}"
-        )
+        common.exit_with_error(f"{path} is damaged ({error}); restore it with: git checkout {path}")
 
 
 def with_nan(result):
@@ -1139,7 +1137,8 @@ def until_lines(rows):
             statistics.median(result[key] for result in digits)
             for key in ("steps", "kappa", "seconds_trained", "seconds_of_looks")
         ]
-        yield "| median of the ten digits | | | | | {:.0f}, {:.2f} | {:.0f}, {:.0f} | |".format(*medians)
+        cells = "{:.0f}, {:.2f} | {:.0f}, {:.0f}".format(*medians)
+        yield f"| median of the ten digits | | | | | {cells} | |"
 
 
 # ---- measures that kept runs did not have --------------------------------------------------------

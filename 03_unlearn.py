@@ -36,11 +36,11 @@ Writes out/<dataset>/forget-<names>/<method>-<sde>[-<flag><value>...][-scratch][
 flag is named if it was given and changes the model: model.pt, result.json, log.jsonl, curves.png,
 before_after.png, with --animate flow.gif. Expect with --forget 3: UR about 0.7 %. A run with
 --until that does not come to its wish says what stood in the way ("not reached"), and ends with
-status 1; its best state is saved. A run that made things worse ends with status 1 too, and goes into a folder
-of its own, <name>-worse. Worse means more of what was to be forgotten than before, half of the
-samples rubbish, or another class gone. A finished run of other settings, such as --n, is replaced
-only with --overwrite. A run that was stopped has left <name>.resume.pt beside its folder. --resume
-goes on from there, to the same weights as if nothing had happened.
+status 1; its best state is saved. A run that made things worse ends with status 1 too, and goes
+into a folder of its own, <name>-worse. Worse means more of what was to be forgotten than before,
+half of the samples rubbish, or another class gone. A finished run of other settings, such as --n,
+is replaced only with --overwrite. A run that was stopped has left <name>.resume.pt beside its
+folder. --resume goes on from there, to the same weights as if nothing had happened.
 
 Predict, then run:
   1. Which digits pay for the forgetting of 3?            (class_counts in result.json)

@@ -868,8 +868,8 @@ def pool(looks, forget):  # <-- 03
 
     num            how many samples they had
     ur             share of these that show a class of the list `forget`, in percent
-    left           what is left of each class: 1 is all, see common.measure; 1 where nothing can be
-                   said, and for a class to forget
+    left           what is left of each class, see common.class_ratios; 1 where nothing can be said,
+                   and for a class to forget
     worst          what is left of the kept class that lost most
     worst_class    which class that is, or None
     unsure         share of which the judge is unsure, in percent
@@ -877,12 +877,9 @@ def pool(looks, forget):  # <-- 03
     """
     after = np.sum([look["counts"] for look in looks], axis=0)  # (number of classes,)
     before = np.sum([look["before"]["counts"] for look in looks], axis=0)
-    kept = [i for i in range(len(after)) if i not in forget]
-    left = [1.0] * len(after)
-    known = [i for i in kept if before[i] >= RARE]
-    for i in known:
-        share = after[i] / max(1, after[kept].sum())
-        left[i] = float(share / before[i] * before[kept].sum())
+    known = [i for i in range(len(after)) if i not in forget and before[i] >= RARE]
+    ratios = common.class_ratios(after, before, forget).tolist()
+    left = [ratios[i] if i in known else 1.0 for i in range(len(after))]
     worst_class = min(known, key=left.__getitem__, default=None)
     num = int(after.sum())
     return {

@@ -1603,6 +1603,7 @@ def measure(verdict, forget, real, num_classes, standard=None):
     low, high = wilson(is_forgotten.sum().item(), num_samples)
     noise = is_noise(verdict, real)
     is_unsure = verdict.confidence < SURE
+    counts = torch.bincount(verdict.labels, minlength=num_classes)
 
     result = {
         "ur": percent(is_forgotten),
@@ -1624,18 +1625,15 @@ def measure(verdict, forget, real, num_classes, standard=None):
         num_compared = int((~standard_forgotten).sum())
         result["fd"] = frechet_distance(verdict.features[:num_compared], real.features)
 
-        # Shares among the samples of D_g, not counts: otherwise every class would seem to grow when
-        # one disappears. 0/0 gives nan for the forget classes and for classes never drawn.
-        share_before = class_shares(standard.labels[~standard_forgotten], num_classes)
-        share_after = class_shares(verdict.labels[~is_forgotten], num_classes)
-        ratios = share_after / share_before
+        before = torch.bincount(standard.labels, minlength=num_classes)
+        ratios = class_ratios(counts, before, forget)
         ratios = ratios[~ratios.isnan()].tolist()
         result["class_min_ratio"] = min(ratios, default=math.nan)
 
         # Real test images may be fewer than samples.
         result.update(instead(is_forgotten, is_unsure, noise, standard_forgotten[:num_samples]))
 
-    result["class_counts"] = torch.bincount(verdict.labels, minlength=num_classes).tolist()
+    result["class_counts"] = counts.tolist()
     return result
 
 
@@ -1671,10 +1669,21 @@ COMPARED = """
 """.split()
 
 
-def class_shares(labels, num_classes):
-    """The share of each class among the labels (n,): a tensor (num_classes,), zeros if n is 0."""
-    counts = torch.bincount(labels, minlength=num_classes)
-    return counts / max(len(labels), 1)
+def class_ratios(after, before, forget):
+    """Return what is left of each class that is to be kept: (num_classes,), 1 where all is left.
+
+    after, before  (num_classes,) how many samples show each class
+    forget         list of the classes to forget
+
+    These are shares among the samples of D_g, not counts: otherwise every class would seem to grow
+    when one disappears. 0/0 gives nan for the classes to forget and for those never drawn.
+    """
+    shares = []
+    for counts in (after, before):
+        kept = torch.as_tensor(counts).to(torch.float64, copy=True)
+        kept[forget] = 0
+        shares.append(kept / kept.sum().clamp(min=1))
+    return shares[0] / shares[1]
 
 
 # ==================================================================================================

@@ -383,8 +383,8 @@ def paper_world(maker):
         alpha = float(value_of(asked[name], "--alpha")) if "--alpha" in argv else 1.0
         return paper_result(0, 6 if alpha < 0.99 else 1, abs(alpha - 0.9))
 
-    def run_standard(name, steps, sde, figures, **how):
-        asked[name] = ["--sde", sde, "--steps", str(steps)]
+    def run_standard(name, steps, sde, more, figures, **how):
+        asked[name] = ["--sde", sde, "--steps", str(steps), *more]
 
     maker.update(run=run, run_standard=run_standard, measure_shipped=lambda **how: None)
     maker.update(load=lambda: {"paper/standard": STANDARD_BITS})
@@ -415,6 +415,13 @@ def test_the_walk_takes_500_steps_a_point(paper_world):
     asked, maker = paper_world
     maker["group_paper"](("walk",))
     assert {value_of(argv, "--steps") for argv in asked.values()} == {"500"}
+
+
+def test_the_long_runs_of_the_paper_group_and_no_others_compute_in_bfloat16(paper_world):
+    asked, maker = paper_world
+    maker["group_paper"](("walk", "3", "scratch", "7", "vp", "more"))
+    for name, argv in asked.items():
+        assert ("--bf16" in argv) == (not name.startswith("paper/walk/")), name
 
 
 def test_the_walk_goes_one_point_beyond_the_first_that_forgets(paper_world):

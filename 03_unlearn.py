@@ -1321,16 +1321,31 @@ def check_resume(args, path, folder, made_from):
     if not args.resume:
         return
     for place in (folder, *folder.parent.glob(f"{folder.name}-worse*")):
-        if (place / "result.json").exists():
+        path_of_result = place / "result.json"
+        if not path_of_result.exists():
+            continue
+        # Of `folder` it is known by now that its run was this one.
+        if place == folder or is_made_with(path_of_result, settings_now(args, made_from)):
             common.say(f"nothing was left to do: the run has been finished, in {place}/")
             # 1 stands for a run that made things worse, or has not reached its wish, as when it
             # was finished.
-            finished = json.loads(common.read_text(place / "result.json"))
+            finished = json.loads(common.read_text(path_of_result))
             has_failed = place != folder or (finished.get("not_reached") and not args.quick)
             raise SystemExit(1 if has_failed else 0)
     common.exit_with_error(
         f"{path} not found: no run was stopped there; begin one with: {args.command}"
     )
+
+
+def settings_now(args, made_from):
+    """Return all that the result of this run depends on: {name: value}; see find_sources."""
+    flags_now = {name: value for name, value in vars(args).items() if name not in NOT_OF_THE_RESULT}
+    return {**flags_now, **made_from}
+
+
+def is_made_with(path, now):
+    """Tell whether a finished result.json is of a run with the settings `now`."""
+    return not common.differing_flags(now, common.recorded_settings(path), now)
 
 
 def refuse_other_run(args, folder, made_from):
@@ -1344,8 +1359,7 @@ def refuse_other_run(args, folder, made_from):
     common.refuse_unwritable(path)
     if path.exists() and not args.overwrite:  # it may be another project's
         common.load_checkpoint(path, f"{args.command} --overwrite", ("arch", "ema", "args"))
-    now = {name: value for name, value in vars(args).items() if name not in NOT_OF_THE_RESULT}
-    now.update(made_from)
+    now = settings_now(args, made_from)
     # Older versions recorded None for the usual form of Ort.
     common.refuse_other_result(args, folder / "result.json", now, addable=("ort",))
 

@@ -3495,18 +3495,14 @@ def plain(value):
     return value
 
 
-def refuse_other_result(args, path, now, addable=()):
-    """Exit with one line if a finished result of other settings would be replaced; see --overwrite.
+def recorded_settings(path):
+    """Return the settings that the JSON file of a finished result records: {name: value}.
 
-    path     JSON file of the result, which records the settings in itself, or in an entry of it
-    now      {name: value}: the settings of this run. All that the result depends on belongs there
-    addable  names of the settings that only add to a result. Where one was off, nothing is lost
+    They stand in the file itself, or in an entry of it. Exits with one line if it is damaged.
     """
-    if args.overwrite or not path.is_file():
-        return
     recorded = {}
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(Path(path).read_text())
         for part in (content, content.get("args", {}), content.get("made_from", {})):
             recorded.update(part)
     except (ValueError, TypeError, AttributeError):  # no JSON, or not one of ours
@@ -3514,6 +3510,19 @@ def refuse_other_result(args, path, now, addable=()):
             f"{path} is damaged and does not say what it was made with; "
             "replace it by --overwrite, or choose another --out"
         )
+    return recorded
+
+
+def refuse_other_result(args, path, now, addable=()):
+    """Exit with one line if a finished result of other settings would be replaced; see --overwrite.
+
+    path     JSON file of the result, see recorded_settings
+    now      {name: value}: the settings of this run. All that the result depends on belongs there
+    addable  names of the settings that only add to a result. Where one was off, nothing is lost
+    """
+    if args.overwrite or not path.is_file():
+        return
+    recorded = recorded_settings(path)
     for name in addable:
         if recorded.get(name) in (None, False, "none"):
             recorded.pop(name, None)

@@ -294,6 +294,14 @@ def test_resume_of_a_run_that_made_things_worse_says_where_it_is(small_base, tmp
     assert f"in {folder}/" in run.out
 
 
+def test_a_run_that_made_things_worse_with_other_settings_is_not_this_run(small_base, tmp_path):
+    folder = forget_folder(tmp_path) / "obt-rel-vp-steps6-batch-size8-worse"
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text('{"args": {"n": 7777}}')
+    run = run_script("03", *SHORT, "--out", tmp_path, "--resume")
+    check_refusal(run, "no run was stopped", "begin one with: python ")
+
+
 CHANGES = {
     "a flag": {"args": {"lr": 0.5}},
     "the seed": {"args": {"seed": 7}},

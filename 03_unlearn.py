@@ -856,10 +856,10 @@ def steer(kappa, looks, forget, wish):  # <-- 03
 
     if is_harmed:
         return 0.85 * kappa, "go on"
-    # As long as UR falls quickly, the same push is enough.
+    # As long as UR falls quickly, the same push is enough. Near the aim it has to grow little.
     is_slow = earlier and recent["ur"] > 0.7 * pool(earlier, forget)["ur"]
     if is_slow and recent["ur"] > aim:
-        return 1.15 * kappa, "go on"
+        return kappa * (1 + 0.15 * min(1, 0.1 + (recent["ur"] - aim) / wish)), "go on"
     return kappa, "go on"
 
 

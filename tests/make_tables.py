@@ -1122,14 +1122,30 @@ def group_until(methods=(), **how):
 
 
 def until_lines(rows):
-    """Yield the table of runs that end by themselves; seconds are those of training and looks."""
+    """Yield the table of runs that end by themselves."""
+    named = {name: rows[name] for name in until_rows() if name in rows}
+    yield from ending_lines(named)
+    digits = [named[str(digit)] for digit in range(10) if str(digit) in named]
+    if len(digits) == 10:
+        medians = [
+            statistics.median(result[key] for result in digits)
+            for key in ("steps", "kappa", "seconds_trained", "seconds_of_looks")
+        ]
+        cells = "{:.0f}, {:.2f} | {:.0f}, {:.0f}".format(*medians)
+        yield f"| median of the ten digits | | | | | {cells} | |"
+
+
+def ending_lines(rows):
+    """Yield a row for each run that ends by itself; seconds are those of training and looks.
+
+    rows  {name: result}
+    """
     yield (
         "| forget | UR % (95 %) | FD / Standard's | class_min_ratio, of | unsure % "
         "| steps, kappa | s, of looks | reached |"
     )
     yield "|---|---|---|---|---|---|---|---|"
-    for name in (name for name in until_rows() if name in rows):
-        result = rows[name]
+    for name, result in rows.items():
         low, high = result["ur_interval"]
         cells = [
             f"{result['ur_before']:.2f} to {result['ur_after']:.2f} [{low:.1f}, {high:.1f}]",
@@ -1141,14 +1157,6 @@ def until_lines(rows):
             "; ".join(result["not_reached"]) or "yes",
         ]
         yield f"| {name} | {' | '.join(cells)} |"
-    digits = [rows[str(digit)] for digit in range(10) if str(digit) in rows]
-    if len(digits) == 10:
-        medians = [
-            statistics.median(result[key] for result in digits)
-            for key in ("steps", "kappa", "seconds_trained", "seconds_of_looks")
-        ]
-        cells = "{:.0f}, {:.2f} | {:.0f}, {:.0f}".format(*medians)
-        yield f"| median of the ten digits | | | | | {cells} | |"
 
 
 # ---- measures that kept runs did not have --------------------------------------------------------

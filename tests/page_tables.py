@@ -129,6 +129,12 @@ def unlearn():
     return markdown(header, rows)
 
 
+def shapes():
+    """Yield the runs on the coloured shapes, named after the classes that they forget."""
+    runs = read("shapes.json").values()
+    return make_tables.ending_lines({", ".join(run["forget"]): run for run in runs})
+
+
 # ---- evaluation ----------------------------------------------------------------------------------
 
 
@@ -334,6 +340,7 @@ def number(value, digits):
 TABLES = {
     "headline": headline,
     "unlearn": unlearn,
+    "shapes": shapes,
     "footing": footing,
     "evaluated": evaluated,
     "relearn": relearn,

@@ -210,10 +210,11 @@ def test_the_aim_is_half_of_the_wish(unlearn, counts, decision):
     [
         ((20, 10, 5, 3), 1),  # it falls by itself
         ((8, 8, 8, 8), 1.15),
+        ((2, 2, 2, 2), 1.06),  # 0.8 % are only 0.3 above the aim
         ((8, 8), 1),  # too early to say
     ],
 )
-def test_the_push_grows_while_ur_does_not_fall(unlearn, counts, factor):
+def test_the_push_grows_while_ur_does_not_fall_and_most_far_from_the_aim(unlearn, counts, factor):
     looks = [seen(50 * (i + 1), forgotten) for i, forgotten in enumerate(counts)]
     kappa, decision = unlearn.steer(2.0, looks, FORGET, 1.0)
     assert kappa == pytest.approx(2.0 * factor)

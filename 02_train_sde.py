@@ -18,8 +18,9 @@ Answer:   show the network images at a random noise level and ask it for the noi
 "Standard" is the paper's name for a model of all classes. data/mnist_base.pt is the one that the
 first command made. A run that goes on with --resume ends with the same weights, to the last bit, as
 one that was never stopped. --without writes into out/mnist/forget-3/. The judge is a classifier: it
-says what a sample shows. --measure prints the same figures for real images beside the model's. The
-folder PATH has one sub-folder per class. 03 and 04 run under torchrun too.
+says what a sample shows. --measure prints the same figures for real images beside the model's, and
+writes them into measure.json. The folder PATH has one sub-folder per class. 03 and 04 run under
+torchrun too.
 
 Writes out/<dataset>/: base.pt (model, average, optimizers: all that --resume needs), log.jsonl, and
 every 5,000 steps samples_*.png (the last row is real). Another or a longer training that lies there
@@ -157,7 +158,8 @@ def refuse_unused(p, args):
     if args.judge:
         common.refuse_unused(p, args, sorted(others - {"judge", "overwrite"}), "with --judge")
     elif args.measure:
-        common.refuse_unused(p, args, sorted(others - {"measure", "n", "bf16"}), "with --measure")
+        flags = {"measure", "n", "bf16", "overwrite"}
+        common.refuse_unused(p, args, sorted(others - flags), "with --measure")
     else:
         common.refuse_unused(p, args, ["n"], "without --measure")
     if args.sde != "any":
@@ -625,11 +627,11 @@ def image_grid(path, images, columns=10, title=None, real=None):
 
 
 def measure_base(args):
-    """Print how good the Standard model is (--measure), from args.n samples of it.
+    """Print how good the Standard model is (--measure), and write it into measure.json.
 
     FD is the Frechet distance to the training images. The judge is unsure of a sample when it is
     less than 80 % sure. Real test images get the same measures, as many as there are samples: that
-    is the best that a model can hope for at this n.
+    is the best that a model can hope for at this n, args.n.
     """
     path, command = common.find_base(args)  # command: what makes it, for an error
     train_set, test_set = common.load_train_and_test(
@@ -637,6 +639,10 @@ def measure_base(args):
     )
     shape = train_set.images.shape[1:]
     net = common.load_net(path, command, args.device, shape)
+    result_path = Path(args.out) / args.dataset / "measure.json"
+    settings = {name: getattr(args, name) for name in ("n", "seed", "bf16", "without")}
+    settings |= {"base": common.weights_digest(net), "data": common.data_key(train_set)}
+    common.refuse_other_result(args, result_path, settings)
     judge = common.load_judge(args, train_set, args.without or ())
     real_images = common.reference_images(train_set.images, args.quick)
     real = common.judge_images(judge, real_images)
@@ -649,15 +655,18 @@ def measure_base(args):
     }
 
     common.say(f"{path}, n = {args.n}, {sde.sampler}")
+    rows = {}
     print(f"{'':9}FD       judge unsure, %")
     for name, images in image_sets.items():
         verdict = common.judge_images(judge, images)
         # The empty list: nothing is to be forgotten, so the distance is that of all samples.
-        row = common.measure(verdict, [], real, len(train_set.classes))
+        row = rows[name] = common.measure(verdict, [], real, len(train_set.classes))
         print(
             f"{name:8}{row['fd']:7.3f}  {row['low_confidence']:6.2f}     "
             f"classes {row['class_counts']}"
         )
+    common.write_json(result_path, {**settings, "sampler": sde.sampler, "nfe": sde.nfe, **rows})
+    common.say(f"wrote {result_path}")
 
 
 # ---- the story -----------------------------------------------------------------------------------

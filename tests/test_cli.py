@@ -264,7 +264,7 @@ UNUSED = [
     ("02", "--judge --resume", "--resume"),
     ("02", "--judge --save-every 7", "--save-every"),
     ("02", "--measure --lr 0.1", "--lr"),
-    ("02", "--measure --overwrite", "--overwrite"),
+    ("02", "--measure --resume", "--resume"),
     ("02", "--measure --without 3", "--without"),
     ("02", "--n 100", "--n"),
     ("02", "--sde vp --wide 0.5", "--wide"),

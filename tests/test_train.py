@@ -665,3 +665,19 @@ def test_mnist_network_fits_its_budget_of_operations(mnist_net):
 def test_mnist_network_fits_its_budget_of_parameters(mnist_net):
     """About 0.7 M parameters."""
     assert sum(w.numel() for w in mnist_net.parameters()) < 0.9e6
+
+
+# ---- how good the Standard model is --------------------------------------------------------------
+
+
+def test_measure_keeps_what_it_prints_and_replaces_no_other_result(small_base, tmp_path):
+    argv = ("--quick", "--out", tmp_path, "--measure")
+    check_success(run_script("02", *argv, "--n", 100))
+    path = quick(tmp_path) / "mnist/measure.json"
+    kept = json.loads(path.read_text())
+    assert sum(kept["model"]["class_counts"]) == sum(kept["real"]["class_counts"]) == 100
+    before = path.read_bytes()
+    check_refusal(run_script("02", *argv, "--n", 101), "measure.json", "--n was 100", "--overwrite")
+    assert path.read_bytes() == before
+    check_success(run_script("02", *argv, "--n", 101, "--overwrite"))
+    assert json.loads(path.read_text())["n"] == 101

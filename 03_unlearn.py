@@ -24,8 +24,8 @@ what they replace in 02; what is not marked there concerns flags, files, measure
 
 How long, and how hard? With --until, the default of obt-rel, nobody has to know. Now and then the
 run looks at its own samples. It pushes harder while too many of them show what is to be forgotten,
-and less where a kept class suffers; L_g then sees more images of that class. It ends when half of
-the wished share is left at most. See `steer` and `protect`.
+and less where a kept class suffers; then L_g also sees more images of that class, and the learning
+rate falls. It ends when half of the wished share is left at most. See `steer` and `protect`.
 
 With MNIST there is nothing to download. All noise processes (--sde) start from the same checkpoint.
 siss, erasediff, ascent and unseen are rivals of the paper's methods. --from-scratch starts from
@@ -840,8 +840,7 @@ def steer(kappa, looks, forget, wish):  # <-- 03
     """
     aim = wish / 2  # an estimate can be wrong by chance: aim at less than is wished for
     now = pool(looks[-NUM_POOLED:], forget)
-    # A class has too few samples in one look: its share is off by a third then, by chance alone.
-    is_harmed = len(looks) >= NUM_POOLED and bool(missed(now, aim).keys() - {"ur"})
+    is_harmed = has_harmed(looks, forget)
 
     steps = sorted({look["step"] for look in looks})
     recent = pool([look for look in looks if look["step"] in steps[-2:]], forget)
@@ -861,6 +860,13 @@ def steer(kappa, looks, forget, wish):  # <-- 03
     if is_slow and recent["ur"] > aim:
         return kappa * (1 + 0.15 * min(1, 0.1 + (recent["ur"] - aim) / wish)), "go on"
     return kappa, "go on"
+
+
+def has_harmed(looks, forget):  # <-- 03
+    """Return whether a kept class or the unsure share suffers, as far as four looks can tell."""
+    # A class has too few samples in one look: its share is off by a third then, by chance alone.
+    known = len(looks) >= NUM_POOLED
+    return known and bool(missed(pool(looks[-NUM_POOLED:], forget), math.inf))
 
 
 def pool(looks, forget):  # <-- 03
@@ -1005,6 +1011,9 @@ def look_and_steer(args, data, model, judge):  # <-- 03
     course.has_ended = decision == "stop"
     if course.kappa is not None:
         course.kappa = kappa
+    if has_harmed(course.looks, data.forget_classes):
+        # Too high a learning rate harms, however gentle the push.
+        common.lower_peak(model.optimizers, 0.7)
     course.shares = protect(course.shares or [1.0] * len(data.class_names), figures["left"])
 
     # The nearest to the wish: at 1 it is fulfilled. Too few samples say nothing, but at the end.
@@ -1140,7 +1149,8 @@ def train(args, data, model, path, ctrl_c, judge=None):
     pushed = copy.copy(args)  # its alpha may change on the way  # <-- 03
     for step in range(first_step, last_step(args, model)):
         net.train()
-        # With --until nobody knows the end, so the rate stays, and the average takes the noise out.
+        # With --until nobody knows the end: the rate falls only where a look sees harm, and the
+        # average takes the noise out.
         common.set_lr(model.optimizers, step, args.steps or math.inf, warmup=20)
         pushed.alpha = alpha_now(args, data, model)  # <-- 03
         both = torch.zeros(2, device=args.device)  # L_g, L_f of this step  # <-- 03

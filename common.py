@@ -2725,6 +2725,13 @@ def set_lr(optimizers, step, steps, warmup):
             group["lr"] = peak * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
+def lower_peak(optimizers, factor):
+    """Multiply the learning rates of all further steps, see set_lr."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] *= factor
+
+
 def part_size(args):
     """Return how many images of a step's batch go through the network at once.
 

@@ -418,6 +418,14 @@ def test_a_class_that_loses_is_seen_more_often(unlearn, monkeypatch):
     assert run.model.course.shares[FRAGILE] == 4.0
 
 
+@pytest.mark.parametrize("harm, expected", [({"fragile": 12}, 0.7**3), ({}, 1.0)])
+def test_the_rate_falls_at_each_look_that_sees_harm(unlearn, monkeypatch, harm, expected):
+    """Of six looks the first three are too few samples to tell."""
+    run = Watched(unlearn, monkeypatch, [20], "--max-steps", 6, **harm)
+    (group,) = run.model.optimizers[0].param_groups
+    assert group["peak"] == pytest.approx(0.1 * expected)
+
+
 def test_the_batch_of_l_g_follows_the_shares(unlearn, monkeypatch):
     run = Watched(unlearn, monkeypatch, [20], "--max-steps", 1)
     run.data.part_size = 4000

@@ -1336,18 +1336,14 @@ POSTER_BITS = {
 
 
 def paper_lines(rows):
-    """Yield the table of group paper, with the poster's figures beside ours.
-
-    Its walk is left out: `alpha` in the command says what it has chosen.
-    """
+    """Yield the table of group paper, with the poster's figures beside ours."""
     yield (
         "| run | UR % (95 %) | without noise | FD / Standard's | unsure % | class_min_ratio "
         "| instead: other / unsure / noise / still, % | NLL of D_g / D_f | s | poster: UR, NLL |"
     )
     yield "|---" * 10 + "|"
     for name, result in rows.items():
-        if not name.startswith("walk/"):
-            yield f"| {name} | {' | '.join(paper_cells(name, result))} |"
+        yield f"| {name} | {' | '.join(paper_cells(name, result))} |"
 
 
 def paper_cells(name, result):
@@ -1359,7 +1355,8 @@ def paper_cells(name, result):
     ratio = result["fd_after"] / result["fd_before"]
     seconds = round(result["seconds"]) if "seconds" in result else ""
     place, method = name.split("/")[:2]
-    poster = [POSTER_UR.get((place.replace("scratch", "3"), method)), POSTER_BITS.get(method)]
+    forget = "3" if place in ("walk", "scratch") else place
+    poster = [POSTER_UR.get((forget, method)), POSTER_BITS.get(method)]
     return [
         f"{result['ur_before']:.2f} to {result['ur_after']:.2f} ({low:.1f}-{high:.1f})",
         f"{result['ur_no_noise_after']:.2f}",

@@ -113,6 +113,16 @@ def footing():
     return make_tables.summary_lines(make_tables.load())
 
 
+def base():
+    """Yield what 02 --measure says of the shipped Standard model, and of real images."""
+    kept = read("base.json")
+    rows = [
+        [title, f"{row['fd']:.2f}", f"{row['low_confidence']:.1f}"]
+        for title, row in (("samples", kept["model"]), ("real test digits", kept["real"]))
+    ]
+    return markdown([f"n = {kept['n']}", "FD to all training digits", "judge unsure, %"], rows)
+
+
 def unlearn():
     """Yield the runs of 03 that are kept one by one."""
     header = ["command", "UR, %", "FD to the digits to keep", "unsure, %", "class_min_ratio"]
@@ -339,6 +349,7 @@ def number(value, digits):
 
 TABLES = {
     "headline": headline,
+    "base": base,
     "unlearn": unlearn,
     "shapes": shapes,
     "footing": footing,

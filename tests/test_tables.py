@@ -512,13 +512,16 @@ def test_the_paper_table_has_the_poster_beside_it(maker):
         "bpd_f": 13.7,
         "seconds": 900.2,
     }
-    rows = {"standard": {"bpd_g": 1.34, "bpd_f": 1.39}, "3/ort/dsm/1500": run, "walk/x": {}}
-    _, _, standard, ort = maker["paper_lines"](rows)
+    rows = {"standard": {"bpd_g": 1.34, "bpd_f": 1.39}, "3/ort/dsm/1500": run}
+    rows |= {"walk/ort/dsm/0.9": run, "7/ort/dsm/1500": run}
+    _, _, standard, ort, walk, seven = maker["paper_lines"](rows)
     assert standard.endswith("| 1.34 / 1.39 |  | 11.0, 2.82 / 2.78 |")
     assert ort == (
         "| 3/ort/dsm/1500 | 10.60 to 3.00 (2.3-3.9) | 1.25 | x8.00 | 22.0 | 0.80 "
         "| 40 / 30 / 25 / 5 | 1.60 / 13.70 | 900 | 0.4, 3.92 / 13.23 |"
     )
+    assert walk.endswith("| 0.4, 3.92 / 13.23 |"), "the walk forgets the 3 too"
+    assert seven.endswith("| 0.8, 3.92 / 13.23 |")
     assert {line.count("|") for line in maker["paper_lines"](rows)} == {11}
 
 

@@ -474,6 +474,12 @@ def test_a_run_has_a_wish_or_a_length(unlearn, flags, until, steps, max_steps):
     assert (args.until, args.steps, args.max_steps) == (until, steps, max_steps)
 
 
+def test_a_base_that_is_not_the_shipped_one_gets_a_gentle_rate(unlearn):
+    assert arguments(unlearn).lr == 3e-3
+    flags = ["--dataset", "cifar10", "--forget", "dog", "--out", str(unlearn.out)]
+    assert unlearn.arguments(flags).lr == 1e-3
+
+
 def test_a_fixed_length_has_the_usual_strength(unlearn):
     assert arguments(unlearn, "--steps", 260).kappa == 2.8
     assert arguments(unlearn, "--steps", 260, "--sde", "ve").kappa == 1.8

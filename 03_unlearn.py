@@ -127,8 +127,8 @@ def flags():
         "--steps": "train for so many steps (default: --until for obt-rel, 3000 with "
         "--from-scratch, else 260 for mnist, see common.RECIPES)",
         "--batch-size": "images a step, of D_g and of D_f each (default: 64)",
-        "--lr": "peak learning rate of Adam (default: 0.003 for obt-rel on MNIST with --until, else "
-        "0.001 for it and for siss, 0.0003 for others; 0.008 with --from-scratch)",
+        "--lr": "peak learning rate of Adam (default: 0.003 for obt-rel on MNIST with --until, "
+        "else 0.001 for it and for siss, 0.0003 for others; 0.008 with --from-scratch)",
         "--overwrite": common.OVERWRITE_OR_RESUME,
     }
     p = common.parser(__doc__, helps=helps)

@@ -642,6 +642,7 @@ def measure_base(args):
     result_path = Path(args.out) / args.dataset / "measure.json"
     settings = {name: getattr(args, name) for name in ("n", "seed", "bf16", "without")}
     settings |= {"base": common.weights_digest(net), "data": common.data_key(train_set)}
+    common.refuse_unwritable(result_path)
     common.refuse_other_result(args, result_path, settings)
     judge = common.load_judge(args, train_set, args.without or ())
     real_images = common.reference_images(train_set.images, args.quick)

@@ -1333,7 +1333,7 @@ def check_resume(args, path, folder, made_from):
         return
     for place in (folder, *folder.parent.glob(f"{folder.name}-worse*")):
         path_of_result = place / "result.json"
-        if not path_of_result.exists():
+        if not path_of_result.is_file():
             continue
         # Of `folder` it is known by now that its run was this one.
         if place == folder or is_made_with(path_of_result, settings_now(args, made_from)):

@@ -825,6 +825,8 @@ CHECK_STREAM = 10**6  # makes their noise another one than that of the samples "
 KEPT = 0.8  # so much of each kept class has to stay
 # And so much of it in the samples of the end: chance alone takes or adds a tenth of 200 samples.
 KEPT_AT_THE_END = 0.7
+# With distill as L_g the optimum is pushed by kappa - 1: at 1 it is the Standard model again.
+LEAST_KAPPA = 1.2
 RARE = 20  # of a class that the Standard model draws less often than this nothing can be said
 
 
@@ -855,7 +857,7 @@ def steer(kappa, looks, forget, wish):  # <-- 03
         return kappa, "look again"
 
     if is_harmed:
-        return 0.85 * kappa, "go on"
+        return max(LEAST_KAPPA, 0.85 * kappa), "go on"
     # As long as UR falls quickly, the same push is enough. Near the aim it has to grow little.
     is_slow = earlier and recent["ur"] > 0.7 * pool(earlier, forget)["ur"]
     if is_slow and recent["ur"] > aim:

@@ -153,6 +153,12 @@ def test_a_model_that_becomes_rubbish_is_pushed_less(unlearn):
     assert kappas[-1] < kappas[0]
 
 
+def test_the_push_never_shrinks_to_that_of_the_standard_model(unlearn):
+    """With distill as L_g a kappa of 1 pushes nowhere, and the class would come back."""
+    looks = [seen(50 * (i + 1), 8, fragile=15) for i in range(4)]
+    assert unlearn.steer(1.25, looks, FORGET, 1.0) == (1.2, "go on")
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_a_model_that_cannot_forget_is_not_taken_for_one_that_has(unlearn, seed):
     """2 % remain: now and then none of 250 samples is one, but never so few of 1,000."""

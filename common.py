@@ -2725,11 +2725,14 @@ def set_lr(optimizers, step, steps, warmup):
             group["lr"] = peak * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def lower_peak(optimizers, factor):
-    """Multiply the learning rates of all further steps, see set_lr."""
+def lower_peak(optimizers, factor, least):
+    """Multiply the peak of the learning rate by a factor below 1, as long as it is above `least`.
+
+    It counts from the next step on, see set_lr.
+    """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["peak"] *= factor
+            group["peak"] = max(factor * group["peak"], min(least, group["peak"]))
 
 
 def part_size(args):

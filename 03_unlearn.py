@@ -1017,7 +1017,7 @@ def look_and_steer(args, data, model, judge):  # <-- 03
     if has_harmed(course.looks, data.forget_classes):
         # Too high a learning rate harms, however gentle the push. With too low a one, what a class
         # has lost does not come back.
-        common.lower_peak(model.optimizers, 0.7, METHODS["obt-rel"]["lr"])
+        common.lower_peak(model.optimizers, 0.7, args.lr / 3)
     course.shares = protect(course.shares or [1.0] * len(data.class_names), figures["left"])
 
     # The nearest to the wish: at 1 it is fulfilled. Too few samples say nothing, but at the end.

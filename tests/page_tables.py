@@ -139,12 +139,6 @@ def unlearn():
     return markdown(header, rows)
 
 
-def shapes():
-    """Yield the runs on the coloured shapes, named after the classes that they forget."""
-    runs = read("shapes.json").values()
-    return make_tables.ending_lines({", ".join(run["forget"]): run for run in runs})
-
-
 # ---- evaluation ----------------------------------------------------------------------------------
 
 
@@ -351,7 +345,6 @@ TABLES = {
     "headline": headline,
     "base": base,
     "unlearn": unlearn,
-    "shapes": shapes,
     "footing": footing,
     "evaluated": evaluated,
     "relearn": relearn,

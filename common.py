@@ -2726,13 +2726,13 @@ def set_lr(optimizers, step, steps, warmup):
 
 
 def lower_peak(optimizers, factor, least):
-    """Multiply the peak of the learning rate by a factor below 1, as long as it is above `least`.
+    """Multiply the peak of the learning rate by a factor below 1, but not to less than `least`.
 
     It counts from the next step on, see set_lr.
     """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["peak"] = max(factor * group["peak"], min(least, group["peak"]))
+            group["peak"] = max(factor * group["peak"], least)
 
 
 def part_size(args):

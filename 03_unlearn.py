@@ -1534,6 +1534,7 @@ def report(args, data, model, judge, real_g, before, after):
             "before": row_before.get("class_counts"),
             "after": row_after["class_counts"],
         },
+        "device": common.device_name(args.device),
         "seconds": time.time() - model.start,
         "seconds_trained": model.seconds_trained,  # that of the looks included
         "seconds_of_looks": model.course.seconds,

@@ -509,6 +509,7 @@ def real_key(real, inception_weights):
 
 
 @torch.no_grad()
+@common.no_tf32()
 def nll_bound(net, x, sigma_min=0.001, sigma_max=152.0, levels=64, generator=None):
     """Compute an upper bound of -ln p(x) in nats, (B,), by forward passes alone.
 
@@ -1137,9 +1138,6 @@ def evaluate(args, train, images, forget, nll_images, models, settings):
     forget_names = [train.classes[i] for i in forget]
     folder = common.forget_folder(args.out, args.dataset, forget_names)
     judge = common.load_judge(args, train, forget_names)
-    # No TF32 on CUDA: a likelihood adds up thousands of small terms, and 10 bits are too coarse.
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
 
     setup = Setup(
         args=args,

@@ -7,7 +7,7 @@ network, so each can be lifted into another project together with the few names 
 Contents
 
     The science
-     0  Notation               expand_like, flat_mean, rng, randn, finest_type
+     0  Notation               expand_like, flat_mean, rng, randn, finest_type, no_tf32
      1  SDEs                   VE, VP, SubVP, DDPM              x_t = s(t) x0 + std(t) z
      2  The circle             predict, score_fn                one network for every SDE
      3  Networks               UNet, describe_network; ExactNet, GaussianMixture (no training)
@@ -137,6 +137,23 @@ def rng(*keys):
 def finest_type(device):
     """Return the most precise type of real numbers that a device has: mps has no float64."""
     return torch.float32 if torch.device(device).type == "mps" else torch.float64
+
+
+@contextlib.contextmanager
+def no_tf32():
+    """Return a context in which CUDA computes in full float32, and not in the faster TF32.
+
+    A likelihood adds up thousands of small terms, and the 10 bits of TF32 are too coarse for it.
+    """
+    precision = torch.get_float32_matmul_precision()
+    allow_tf32 = torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = allow_tf32
 
 
 def randn(shape, generator, device="cpu"):
@@ -1286,6 +1303,7 @@ def _velocity_and_trace(net, y, phi, probes):
     return -out.detach(), trace
 
 
+@no_tf32()
 def ode_log_likelihood(net, sde, x, probes=None, steps=30, sigma_min=0.001, focus=-1.5):
     """Compute the log-likelihood ln p(x) in nats, (B,), by the probability-flow ODE.
 
@@ -2926,6 +2944,13 @@ def bfloat16(device, wanted):
     return contextlib.nullcontext()
 
 
+def device_name(device):
+    """Return what a run computed on, for its records: "cpu", or the name of the GPU."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return torch.device(device).type
+
+
 def say_bf16(args, cpuinfo="/proc/cpuinfo"):
     """Say in one line that --bf16 is on, and that it is slow if the processor has no units for it.
 
@@ -4408,7 +4433,7 @@ def finish_args(args, full, quick, folder=None):
     refuse_pictures_among_outputs(args, out)
     remove_leftovers(make_folder(out))
     torch.manual_seed(args.seed)
-    # TF32 on CUDA, nothing on a CPU. A likelihood asks for "highest".
+    # TF32 on CUDA, nothing on a CPU. A likelihood does without it, see no_tf32.
     torch.set_float32_matmul_precision("high")
     use_all_cores()
     say_bf16(args)

@@ -85,6 +85,9 @@ class Places:
     table: Path  # the finished runs, {name: {"command": ..., the run's figures}}; see table_path
 
 
+# Where the networks are measured; 02 and 03 train there too, unless they are told otherwise.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 PLACES = Places(runs=ROOT / "out" / "tables", table=ROOT / "assets" / "tables.json")
 
 
@@ -399,7 +402,7 @@ def run(name, *argv, figures=None, quick=False, dry=False):
     for key in ("args", "made_from", "looks"):  # the command says the same; looks are for a plot
         result.pop(key, None)
     if figures is not None:
-        result.update(figures(common.load_net(folder / "model.pt", command)))
+        result.update(figures(common.load_net(folder / "model.pt", command, DEVICE)))
     entry = keep(name, command, result)
     # In the table now. Without it here, a run whose entry is taken out is made again as a whole.
     (folder / "result.json").unlink()
@@ -715,7 +718,7 @@ def run_standard(name, steps=3000, sde="vp", more=(), figures=None, quick=False,
         common.exit_with_error("stopped; go on with the same command")
     result = measure_standard(path, command, sde, quick)
     if figures is not None:
-        result.update(figures(common.load_net(path, command)))
+        result.update(figures(common.load_net(path, command, DEVICE)))
     keep(name, command, result)
 
 
@@ -727,7 +730,7 @@ def measure_standard(path, command, sde, quick):
         data_dir=None,
         cache_dir=None,
         out=PLACES.runs,
-        device="cpu",
+        device=DEVICE,
         quick=quick,
         seed=0,
         bf16=False,
@@ -744,12 +747,13 @@ def measure_standard(path, command, sde, quick):
 
     standard = load_standard()
     verdict_before = draw(standard, "samples before")
-    verdict_after = draw(common.load_net(path, command), "samples")
+    verdict_after = draw(common.load_net(path, command, DEVICE), "samples")
     images_g = data.images[data.labels != 3]
     real = common.judge_images(judge, common.reference_images(images_g, quick))
     before = common.measure(verdict_before, [3], real, 10)
     after = common.measure(verdict_after, [3], real, 10, verdict_before)
     return {
+        "device": common.device_name(DEVICE),
         "n": args.n,
         "ur_before": before["ur"],
         "fd_before": before["fd"],
@@ -799,16 +803,16 @@ def network(name):
     if not found:
         shutil.rmtree(run_folder(name), ignore_errors=True)
         found = [execute(name, f"{command} --n 10") / "model.pt"]
-    return common.load_net(found[0], command)
+    return common.load_net(found[0], command, DEVICE)
 
 
 def load_standard():
     """Load the Standard model with which all runs of 03 begin."""
     # The arguments by which common.find_base finds it.
     args = argparse.Namespace(
-        dataset="mnist", data_dir=None, out=PLACES.runs, device="cpu", quick=False
+        dataset="mnist", data_dir=None, out=PLACES.runs, device=DEVICE, quick=False
     )
-    return common.load_net(*common.find_base(args))
+    return common.load_net(*common.find_base(args), DEVICE)
 
 
 def measured_model(name):
@@ -856,12 +860,12 @@ def bits_figures(net, n, steps, sde="ve", forget=(3,)):
     result = {}
     for key, images in zip("gf", test_images(n, forget)):
         nats = []
-        for x in images.split(64):
+        for x in images.to(DEVICE).split(64):
             probes = common.rademacher_probes(x, 1, common.rng(1))
             nats.append(
                 common.ode_log_likelihood(net, common.SDES[sde](), x, probes, steps, focus=-3.0)
             )
-        bits = common.bits_per_dim(torch.cat(nats), images[0].numel())
+        bits = common.bits_per_dim(torch.cat(nats).cpu(), images[0].numel())
         result[f"bpd_{key}"] = bits.mean().item()
         result[f"error_{key}"] = (bits.std() / math.sqrt(len(bits))).item()
     return result
@@ -883,7 +887,7 @@ def group_nll(quick=False, dry=False):
 def noise_figures(net, n):
     """Return the v-loss by noise level of n test images of D_g and of D_f, each as 02 prints it."""
     loss_by_noise = load_script("02")["loss_by_noise"]
-    images_g, images_f = test_images(n)
+    images_g, images_f = [images.to(DEVICE) for images in test_images(n)]
     return {"g": loss_by_noise(net, images_g), "f": loss_by_noise(net, images_f)}
 
 
@@ -1206,8 +1210,9 @@ def angle_rows(net, x, sigmas):
     rows = []
     for sigma in sigmas:
         # The same noise at every level and for every network: two rows differ by these alone.
-        z = common.randn(x.shape, common.rng(2))
-        _, z_hat = common.predict(net, x + sigma * z, torch.full((len(x),), sigma))
+        z = common.randn(x.shape, common.rng(2), DEVICE)
+        levels = torch.full((len(x),), sigma, device=DEVICE)
+        _, z_hat = common.predict(net, x.to(DEVICE) + sigma * z, levels)
         lengths = [part.flatten(1).norm(dim=1) for part in (z, z_hat)]
         cosine = (z * z_hat).flatten(1).sum(1) / (lengths[0] * lengths[1])
         ratio = lengths[1] / lengths[0]
@@ -1353,7 +1358,9 @@ def paper_cells(name, result):
         return ["", "", "", "", "", "", bits, "", f"11.0, {POSTER_BITS['standard']}"]
     low, high = result["ur_interval"]
     ratio = result["fd_after"] / result["fd_before"]
-    seconds = round(result["seconds"]) if "seconds" in result else ""
+    seconds = f"{result['seconds']:.0f}" if "seconds" in result else ""
+    if result.get("device", "cpu") != "cpu":
+        seconds += f" ({result['device']})"
     place, method = name.split("/")[:2]
     forget = "3" if place in ("walk", "scratch") else place
     poster = [POSTER_UR.get((forget, method)), POSTER_BITS.get(method)]
@@ -1365,7 +1372,7 @@ def paper_cells(name, result):
         f"{result['class_min_ratio']:.2f}",
         instead_cell(result),
         bits,
-        f"{seconds}",
+        seconds,
         ", ".join(str(value) for value in poster if value is not None),
     ]
 

@@ -91,7 +91,9 @@ def test_the_weights_stay_in_float32(runs):
 def test_it_is_said_in_the_log_and_in_the_results(runs):
     assert ("bf16: networks compute in bfloat16" in runs.unlearned.out) == runs.is_on
     assert runs.folder.name.endswith("-bf16") == runs.is_on
-    assert read_json(runs.folder / "result.json")["args"]["bf16"] is runs.is_on
+    result = read_json(runs.folder / "result.json")
+    assert result["args"]["bf16"] is runs.is_on
+    assert result["device"] == "cpu"
     folder = quick(runs.out) / "mnist/forget-3"
     assert read_json(folder / "table.json")["bf16"] is runs.is_on
     (restored,) = folder.glob("downstream/*/table.json")
@@ -130,3 +132,26 @@ def test_cuda_trains_in_it_in_any_case(monkeypatch, bf16):
     monkeypatch.setattr(torch, "autocast", lambda *words: asked.append(words))
     common.autocast("cuda:0", bf16)
     assert asked == [("cuda", torch.bfloat16)]
+
+
+@pytest.mark.parametrize("likelihood", ["ode", "bound"])
+def test_a_likelihood_is_computed_without_tf32(likelihood):
+    # On a CPU these settings change nothing, but they can be read there.
+    seen = []
+
+    def z_hat(x_hat, sigma):
+        allowed = torch.backends.cudnn.allow_tf32
+        seen.append((torch.get_float32_matmul_precision(), allowed))
+        return x_hat / 2
+
+    net = common.ExactNet(z_hat)
+    x = torch.zeros(1, 2)
+    before = torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high")  # as the scripts set it
+    if likelihood == "ode":
+        common.ode_log_likelihood(net, common.VP(), x, steps=1)
+    else:
+        load_script("04")["nll_bound"](net, x, levels=1)
+    assert set(seen) == {("highest", False)}
+    assert torch.get_float32_matmul_precision() == "high"
+    assert torch.backends.cudnn.allow_tf32 == before

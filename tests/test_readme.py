@@ -285,6 +285,7 @@ def write_program(path, text):
 # ---- functions to copy ---------------------------------------------------------------------------
 
 IMPORTS = {
+    "contextlib": "import contextlib",
     "math": "import math",
     "torch": "import torch",
     "nn": "import torch.nn as nn",

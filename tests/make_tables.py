@@ -734,6 +734,7 @@ def measure_standard(path, command, sde, quick):
         quick=quick,
         seed=0,
         bf16=False,
+        animate=False,
         n=20 if quick else 2000,
         nfe=2 if quick else NFE[sde],
     )
@@ -1062,8 +1063,15 @@ def paper_others(forget=(3,), sde="ve", **how):
         run_paper(f"{place}/{label}/1500", label.split("/")[0], *flags, **setup)
 
 
+# Harder pushes than the walk chooses, where D_g may pay: (method, L_g, alpha).
+HARDER = (("ort", "dsm", 0.9), ("ort", "dsm", 0.7), ("obt", "dsm", 0.7), ("obt", "dsm", 0.5))
+
+
 def paper_more(**how):
-    """Run what is left of obt-rel: 5000 steps."""
+    """Run the paper's losses at smaller alphas and what is left of obt-rel, 5000 steps each."""
+    for method, retain, alpha in HARDER:
+        name = f"3/{method}/{retain}/{alpha}/5000"
+        run_paper(name, method, *paper_flags(method, alpha, retain), steps=5000, **how)
     for label in ("obt-rel", "obt-rel/uniform-t"):
         run_paper(f"3/{label}/5000", "obt-rel", *PAPER_RIVALS[label], steps=5000, **how)
 

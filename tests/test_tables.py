@@ -753,3 +753,11 @@ def test_an_unknown_row_is_one_line_with_the_known_ones(tmp_path, only):
     for name in known:
         assert name in run.err
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_standard_model_measured_beside_itself_has_lost_nothing(maker):
+    path = ROOT / "data/mnist_base.pt"
+    row = maker["measure_standard"](path, "command", "ve", quick=True)
+    assert row["ur_after"] == row["ur_before"]
+    assert row["fd_after"] == row["fd_before"]
+    assert row["class_min_ratio"] == 1

@@ -1063,15 +1063,8 @@ def paper_others(forget=(3,), sde="ve", **how):
         run_paper(f"{place}/{label}/1500", label.split("/")[0], *flags, **setup)
 
 
-# Harder pushes than the walk chooses, where D_g may pay: (method, L_g, alpha).
-HARDER = (("ort", "dsm", 0.9), ("ort", "dsm", 0.7), ("obt", "dsm", 0.7), ("obt", "dsm", 0.5))
-
-
 def paper_more(**how):
-    """Run the paper's losses at smaller alphas and what is left of obt-rel, 5000 steps each."""
-    for method, retain, alpha in HARDER:
-        name = f"3/{method}/{retain}/{alpha}/5000"
-        run_paper(name, method, *paper_flags(method, alpha, retain), steps=5000, **how)
+    """Run what is left of obt-rel: 5000 steps."""
     for label in ("obt-rel", "obt-rel/uniform-t"):
         run_paper(f"3/{label}/5000", "obt-rel", *PAPER_RIVALS[label], steps=5000, **how)
 
@@ -1368,7 +1361,7 @@ def paper_cells(name, result):
     ratio = result["fd_after"] / result["fd_before"]
     seconds = f"{result['seconds']:.0f}" if "seconds" in result else ""
     if result.get("device", "cpu") != "cpu":
-        seconds += f" ({result['device']})"
+        seconds += " on a GPU"
     place, method = name.split("/")[:2]
     forget = "3" if place in ("walk", "scratch") else place
     poster = [POSTER_UR.get((forget, method)), POSTER_BITS.get(method)]

@@ -4,7 +4,7 @@
     python 03_unlearn.py --dataset mnist --forget 3 7 --sde ve     # two classes, another noise
     python 03_unlearn.py --dataset mnist --forget 3 --until 0.5    # half a percent of samples
     python 03_unlearn.py --dataset mnist --forget 3 --steps 260    # a fixed length and strength
-    python 03_unlearn.py --dataset mnist --forget 3 --method ort   # the paper's: ort, obt
+    python 03_unlearn.py --dataset mnist --forget 3 --method obt   # the paper's: obt, ort
     python 03_unlearn.py --dataset mnist --forget 3 --method siss  # or unseen, erasediff, ascent
     python 03_unlearn.py --dataset mnist --forget 3 --method obt --from-scratch
     python 03_unlearn.py --dataset mnist --forget 3 --resume       # go on after Ctrl-C or a crash
@@ -75,8 +75,9 @@ METHODS = {  # <-- 03
     # kappa says the same as alpha, but it does not depend on how much is forgotten: see set_alpha.
     # Strength and rate are those of a run with --steps: for --until see UNTIL_LR and first_kappa.
     "obt-rel": {"kappa": 2.8, "lr": 1e-3, "retain": "distill", "until": 1.0},
-    "obt": {"alpha": 0.9, "lr": 3e-4},
-    "ort": {"alpha": 0.95, "lr": 3e-4, "ort": "elementwise"},
+    # The paper's two, with its noise levels and with the time that they need there.
+    "obt": {"alpha": 0.9, "lr": 1e-3, "uniform_t": True, "steps": 1500},
+    "ort": {"alpha": 0.95, "lr": 1e-3, "uniform_t": True, "steps": 1500, "ort": "elementwise"},
     # No L_f: how much a model forgets that only goes on without D_f.
     "unseen": {"lr": 3e-4},
     "ascent": {"alpha": 0.9, "lr": 3e-4},
@@ -125,10 +126,10 @@ def flags():
     """Return a parser of this script's flags and of those that all scripts share."""
     helps = {
         "--steps": "train for so many steps (default: --until for obt-rel, 3000 with "
-        "--from-scratch, else 260 for mnist, see common.RECIPES)",
+        "--from-scratch, 1500 for ort and obt, else 260 for mnist, see common.RECIPES)",
         "--batch-size": "images a step, of D_g and of D_f each (default: 64)",
         "--lr": "peak learning rate of Adam (default: 0.003 for obt-rel on MNIST with --until, "
-        "else 0.001 for it and for siss, 0.0003 for others; 0.008 with --from-scratch)",
+        "else 0.001 for it, ort, obt and siss, 0.0003 for others; 0.008 with --from-scratch)",
         "--overwrite": common.OVERWRITE_OR_RESUME,
     }
     p = common.parser(__doc__, helps=helps)
@@ -167,7 +168,8 @@ def flags():
     p.add_argument(
         "--uniform-t",
         action=argparse.BooleanOptionalAction,
-        help="noise of D_f: the paper's t ~ U(0, 1) instead (default: only for siss)",
+        help="noise of D_f: the paper's t ~ U(0, 1) instead (default: for ort, obt and siss, "
+        "without --log-sigma)",
     )
     p.add_argument(
         "--ema",
@@ -331,6 +333,8 @@ def defaults(args):
     values.update(retain="dsm", log_sigma=(0.0, 0.7), uniform_t=False, forget_every=1)
     values.update(METHODS[args.method])  # last: a method may replace what stands above
     values["max_steps"] = MAX_STEPS
+    if args.log_sigma is not None:
+        values["uniform_t"] = False
 
     if args.method == "obt-rel":
         values["kappa"] = usual_kappa(args.sde)

@@ -3442,7 +3442,10 @@ def run_name(args, usual, is_scratch):
     """
     parts = [args.method, args.sde]
     for flag in NAMED_FLAGS:
-        part = flag_part(flag, getattr(args, flag, None))
+        value = getattr(args, flag, None)
+        part = flag_part(flag, value)
+        if value is False and usual.get(flag) is True:
+            part = f"no-{flag_part(flag, True)}"
         if part and part != flag_part(flag, usual.get(flag)):
             parts.append(part)
     if is_scratch:

@@ -435,9 +435,10 @@ RUN_NAMES = {
     "--sde ve": "obt-rel-ve",
     "--sde ve --kappa 2.8": "obt-rel-ve-kappa2.8",
     "--n 50 --nfe 5": "obt-rel-vp",
-    "--method ort --alpha 0.9 --lr 1e-3 --uniform-t --seed 1": (
-        "ort-vp-alpha0.9-uniform-t-lr0.001-s1"
-    ),
+    "--method ort --alpha 0.9 --lr 1e-3 --uniform-t --seed 1": "ort-vp-alpha0.9-s1",
+    "--method ort --no-uniform-t --lr 3e-4": "ort-vp-no-uniform-t-lr0.0003",
+    "--method obt --log-sigma 0 0.7": "obt-vp-no-uniform-t",
+    "--uniform-t": "obt-rel-vp-uniform-t",
     "--method ort --ort elementwise": "ort-vp",
     "--method obt --no-floor --forget-every 4": "obt-vp-no-floor-forget-every4",
     "--forget-every 1": "obt-rel-vp",

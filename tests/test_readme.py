@@ -54,7 +54,6 @@ OTHER_TABLES = {
     "`--dataset`": "sizes of downloads",
     "what": "names and lines of the released code",
     "sitting": "a plan",
-    "forgotten": "runs on a made-up data set that were not kept",
 }
 
 
@@ -131,7 +130,6 @@ NOT_RUN = {
     "torchrun": "tests/test_datasets.py starts two processes",
     "--dataset cifar10": "it downloads; tests/test_datasets.py has a small file in the true format",
     "--data-dir": "it takes pictures of your own; tests/test_datasets.py has some",
-    "$unlearn": "the same",
     "tests/shapes.py": "tests/test_datasets.py draws the shapes",
     "--pipeline": "it downloads Stable Diffusion; tests/test_text_to_image.py has a small one",
 }

@@ -183,13 +183,13 @@ def wishes():
         ],
         [
             "a test 3 becomes unlikely",
-            "`--method obt`",
+            "`--method obt --sde ve`",
             f"NLL of D_f +{rises[1]:.1f} bits/dim, of D_g +{rises[0]:.1f}; "
             f"UR, FD: {ur_and_fd(unlikely)} (VE)",
         ],
         [
             "the score vanishes on 3s",
-            "`--method ort --steps 5000`",
+            "`--method ort --sde ve --steps 5000`",
             f"x{length:.2f} of its length at sigma 0.1 after 1,500 steps; "
             f"UR, FD: {ur_and_fd(small)} (VE)",
         ],

@@ -903,7 +903,7 @@ def group_noise(quick=False, dry=False):
 
 
 # ---- the paper's losses, given their time --------------------------------------------------------
-# VE and learning rate 1e-3 for all, and uniform times for most. Samples and likelihoods are those of
+# VE and learning rate 1e-3 for all, and uniform times for most. Samples and likelihoods are as in
 # the other groups. All runs but those of the walk compute in bfloat16, which takes a third off
 # their hours.
 

@@ -25,7 +25,7 @@ what they replace in 02; what is not marked there concerns flags, files, measure
 How long, and how hard? With --until, the default of obt-rel, nobody has to know. Now and then the
 run looks at its own samples. It pushes harder while too many of them show what is to be forgotten,
 and less where a kept class suffers; then L_g also sees more images of that class, and the learning
-rate falls. It ends when half of the wished share is left at most. See `steer` and `protect`.
+rate falls. It ends when UR is at most half of the share asked for. See `steer` and `protect`.
 
 With MNIST there is nothing to download. All noise processes (--sde) start from the same checkpoint.
 siss, erasediff, ascent and unseen are rivals of the paper's methods. --from-scratch starts from

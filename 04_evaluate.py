@@ -9,13 +9,13 @@
         --inception-weights pt_inception-2015-12-05-6726825d.pth
 
 Question: did it forget, what did that cost, and is the class gone or only hidden?
-Answer:   no single number says so, because each can be cheated. Noise has an unlearning ratio
-          near 0. One digit drawn over and over has a sure judge. Likelihood may fall where nothing
-          is ever drawn. So all of them stand side by side, with what real images score.
+Answer:   no single number says so, because each can be cheated. A model that draws one 1 over and
+          over has an unlearning ratio of 0 and a sure judge. Likelihood may fall where nothing is
+          ever drawn. So all of them stand side by side, with what real images score.
 
 All models get the same noise, sampler, SDE, n and judge, whatever SDE they were unlearned with.
 This is possible because one network serves every SDE (common.py, section 2), so --sde belongs to
-the test. Standard is measured without the samples that count as D_f, the others on as many.
+the test. Standard's samples of D_f are left out. Each other model has equally many samples.
 
 Writes into out/<dataset>/forget-<names>/: table.md, table.json, samples.png and classes.png; with
 --relearn also relearn.json, relearn.png and relearned.png. The folder kept/ in there holds what is

@@ -23,7 +23,7 @@ curve.png. A table of other settings is replaced only with --overwrite.
 Predict, then run:
   1. What does a hole look like that is filled in one pass, and why?
      (--resample 1, then 5; see repaint)
-  2. Above which sigma does the image no longer say which digit it was?
+  2. Above which sigma does noise begin to hide which digit it was?
      (--task reconstruct, the curve)
   3. Does PSNR on D_f fall much when the digit becomes another one?
      (look at the picture)

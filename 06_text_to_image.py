@@ -25,7 +25,7 @@ which diffusers loads like any other. A result of other settings is replaced onl
 
 Predict, then run:
   1. What does the model draw in place of the 3?     (class_counts in result.json)
-  2. ESD has no L_g. Which digit pays most for that?  (others_by_prompt)
+  2. ESD has no L_g. How many of the other prompts go wrong?  (others_by_prompt)
   3. Is the 3 gone, or only hidden?                   (--relearn)
 """
 

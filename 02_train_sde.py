@@ -23,9 +23,9 @@ writes them into measure.json. The folder PATH has one sub-folder per class. 03 
 torchrun too.
 
 Writes out/<dataset>/: base.pt (model, average, optimizers: all that --resume needs), log.jsonl, and
-every 5,000 steps and at the end samples_*.png (the last row is real). Another or a longer training that lies there
-is replaced only with --overwrite. Expect on MNIST for the loss, which is printed as v-loss: 0.26
-after 300 steps, 0.18 after 5,000, 0.16 at the end.
+every 5,000 steps and at the end samples_*.png (the last row is real). Another or a longer training
+that lies there is replaced only with --overwrite. Expect on MNIST for the loss, which is printed as
+v-loss: 0.26 after 300 steps, 0.18 after 5,000, 0.16 at the end.
 
 Predict, then run:
   1. At which noise level sigma is the loss highest? Why is it low in between? ("loss by noise")

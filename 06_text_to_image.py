@@ -1129,7 +1129,7 @@ def attack(args, model, judge, part_f, real):
 
 
 def print_measures(before, after, real):
-    """Print the measures as a table. Never read CR alone: noise has a low one too.
+    """Print the measures as a table. Never read CR alone: rubbish has a low one too.
 
     real  what the judge makes of the pictures of D_g, see measure_real
     """

@@ -1612,8 +1612,8 @@ def measure(verdict, forget, real, num_classes, standard=None):
     instead_...      only with `standard`: what stands where it drew a forget class, see instead
     class_counts     number of samples in each class
 
-    Never read one of them alone, because each can be cheated. Pure noise has an ur near 0, since
-    the judge rarely calls it a 3; `noise` and low_confidence show that it is noise.
+    Never read one of them alone, because each can be cheated. Samples of a single other class have
+    an ur of 0. Noise has any ur, as the judge guesses; `noise` and low_confidence show it.
     """
     num_samples = len(verdict.labels)
     # True for a sample that shows a forget class: it belongs to D_f, which was to be forgotten.
@@ -3295,8 +3295,8 @@ def warn_if_unfit(args, verdict=None):
     args     of the run that uses the model
     verdict  the judge's Verdict on samples of the model, or None if there are none yet
 
-    A model that draws noise has an unlearning ratio near 0 before it has forgotten anything. The
-    table then looks like a success.
+    A model that draws rubbish can have a low unlearning ratio before it has forgotten anything.
+    The table then looks like a success.
     """
     path, command = find_base(args)
     faults = []

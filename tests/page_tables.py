@@ -139,11 +139,12 @@ def base():
     return markdown([f"n = {kept['n']}", "FD to all training digits", "judge unsure, %"], rows)
 
 
-def unlearn():
-    """Yield the runs of 03 that are kept one by one."""
+def unlearn(name):
+    """Yield the runs of 03 that are kept one by one in a file of assets/."""
     header = ["command", "UR, %", "FD to the digits to keep", "unsure, %", "class_min_ratio"]
+    header.append("instead: other / unsure / noise / still, %")
     rows = []
-    for command, run in read("unlearn.json").items():
+    for command, run in read(name).items():
         ratio = run["fd_after"] / run["fd_before"]
         rows.append([
             f"`{command}`",
@@ -151,6 +152,7 @@ def unlearn():
             f"{run['fd_before']:.2f} to {run['fd_after']:.2f} (x{ratio:.2f})",
             f"{run['low_confidence_before']:.1f} to {run['low_confidence_after']:.1f}",
             f"{run['class_min_ratio']:.2f}",
+            make_tables.instead_cell(run) if "instead_other" in run else "",
         ])
     return markdown(header, rows)
 
@@ -402,7 +404,8 @@ def number(value, digits):
 TABLES = {
     "headline": headline,
     "base": base,
-    "unlearn": unlearn,
+    "unlearn": partial(unlearn, "unlearn.json"),
+    "course": partial(unlearn, "course.json"),
     "shapes": shapes,
     "wishes": wishes,
     "footing": footing,

@@ -4,7 +4,7 @@
     python 03_unlearn.py --dataset mnist --forget 3 7 --sde ve     # two classes, another noise
     python 03_unlearn.py --dataset mnist --forget 3 --until 0.5    # half a percent of samples
     python 03_unlearn.py --dataset mnist --forget 3 --steps 260    # a fixed length and strength
-    python 03_unlearn.py --dataset mnist --forget 3 --method obt   # the paper's, also ort: 12 minutes
+    python 03_unlearn.py --dataset mnist --forget 3 --method obt   # or ort: the paper's, 12 minutes
     python 03_unlearn.py --dataset mnist --forget 3 --method siss  # or unseen, erasediff, ascent
     python 03_unlearn.py --dataset mnist --forget 3 --method obt --from-scratch
     python 03_unlearn.py --dataset mnist --forget 3 --resume       # go on after Ctrl-C or a crash

@@ -628,7 +628,7 @@ def forget_loss(args, net, base, sde, x_f):  # <-- 03
     if args.method == "obt":
         # L_f = max(z_hat . z, -2). For the exact score z_hat . z is 1 - |z_hat - z|^2 on average,
         # which lies between 0 and 1. Below 0 the angle is obtuse. z_hat . z itself has no minimum,
-        # so z_hat would grow without end: an image that has come to -2 pushes no more.
+        # so z_hat would grow without end: an image at or below -2 gets no gradient.
         if args.no_floor:
             return common.obt_loss(net, sde, x_f, t, floor=None)
         return common.obt_loss(net, sde, x_f, t)

@@ -166,12 +166,13 @@ def shapes():
 def wishes():
     """Yield which method suits which wish, with the figures of runs that forget 3."""
     table = make_tables.load()
-    ended, given_time = table["until/3"], table["paper/3/obt-rel/1500"]
+    ended = table["until/3"]
+    given_time = table["paper/3/obt-rel/1500"]
     gone = table["vp/ascent/0.95/lr-0.001-retain-distill"]
-    unlikely, standard = table["paper/3/obt/dsm/1500"], table["paper/standard"]
+    unlikely = table["paper/3/obt/dsm/1500"]
     small = table["paper/3/ort/dsm/5000"]
     _, _, length = table["angles/ort"]["f"][4]  # at sigma 0.1
-    rises = make_tables.rises(unlikely, standard)
+    rises = make_tables.rises(unlikely, table["paper/standard"])
     rows = [
         [
             "few 3s, and good pictures of all else",

@@ -724,26 +724,17 @@ def run_standard(name, steps=3000, sde="vp", more=(), figures=None, quick=False,
 
 def measure_standard(path, command, sde, quick):
     """Measure a Standard model beside the shipped one, as 03 measures before and after."""
+    script = load_script("03")
+    argv = ["--dataset", "mnist", "--forget", "3", "--sde", sde, "--device", DEVICE]
+    argv += ["--n", 20, "--nfe", 2, "--quick"] if quick else ["--n", 2000, "--nfe", NFE[sde]]
+    args = script["arguments"]([*map(str, argv), "--out", str(PLACES.runs)])
     data = common.load_dataset("mnist")
-    args = argparse.Namespace(
-        dataset="mnist",
-        data_dir=None,
-        cache_dir=None,
-        out=PLACES.runs,
-        device=DEVICE,
-        quick=quick,
-        seed=0,
-        bf16=False,
-        animate=False,
-        n=20 if quick else 2000,
-        nfe=2 if quick else NFE[sde],
-    )
     judge = common.load_judge(args, data)
 
     def draw(net, label):
         """The judge's verdict on args.n samples, drawn as 03 draws them."""
-        draw_samples = load_script("03")["draw_samples"]
         shape = data.images.shape[1:]
+        draw_samples = script["draw_samples"]
         return draw_samples(args, net, common.SDES[sde](), judge, shape, label).verdict
 
     standard = load_standard()
@@ -852,7 +843,7 @@ def test_images(n, forget=(3,)):
     chosen_images = []
     for images in (test.images[~is_forgotten], test.images[is_forgotten]):
         order = torch.randperm(len(images), generator=generator)
-        chosen_images.append(common.dequantize(images[order[:n]]))
+        chosen_images.append(common.dequantize(images[order[:n]]).to(DEVICE))
     return chosen_images
 
 
@@ -861,12 +852,12 @@ def bits_figures(net, n, steps, sde="ve", forget=(3,)):
     result = {}
     for key, images in zip("gf", test_images(n, forget)):
         nats = []
-        for x in images.to(DEVICE).split(64):
+        for x in images.split(64):
             probes = common.rademacher_probes(x, 1, common.rng(1))
             nats.append(
                 common.ode_log_likelihood(net, common.SDES[sde](), x, probes, steps, focus=-3.0)
             )
-        bits = common.bits_per_dim(torch.cat(nats).cpu(), images[0].numel())
+        bits = common.bits_per_dim(torch.cat(nats), images[0].numel())
         result[f"bpd_{key}"] = bits.mean().item()
         result[f"error_{key}"] = (bits.std() / math.sqrt(len(bits))).item()
     return result
@@ -888,7 +879,7 @@ def group_nll(quick=False, dry=False):
 def noise_figures(net, n):
     """Return the v-loss by noise level of n test images of D_g and of D_f, each as 02 prints it."""
     loss_by_noise = load_script("02")["loss_by_noise"]
-    images_g, images_f = [images.to(DEVICE) for images in test_images(n)]
+    images_g, images_f = test_images(n)
     return {"g": loss_by_noise(net, images_g), "f": loss_by_noise(net, images_f)}
 
 
@@ -1212,9 +1203,9 @@ def angle_rows(net, x, sigmas):
     rows = []
     for sigma in sigmas:
         # The same noise at every level and for every network: two rows differ by these alone.
-        z = common.randn(x.shape, common.rng(2), DEVICE)
-        levels = torch.full((len(x),), sigma, device=DEVICE)
-        _, z_hat = common.predict(net, x.to(DEVICE) + sigma * z, levels)
+        z = common.randn(x.shape, common.rng(2), x.device)
+        levels = torch.full((len(x),), sigma, device=x.device)
+        _, z_hat = common.predict(net, x + sigma * z, levels)
         lengths = [part.flatten(1).norm(dim=1) for part in (z, z_hat)]
         cosine = (z * z_hat).flatten(1).sum(1) / (lengths[0] * lengths[1])
         ratio = lengths[1] / lengths[0]

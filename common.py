@@ -65,6 +65,7 @@ import atexit
 import collections
 import contextlib
 import copy
+import difflib
 import errno
 import gzip
 import hashlib
@@ -4164,6 +4165,7 @@ class Parser(argparse.ArgumentParser):
     example = ""  # a whole command, to be shown when a required flag is missing
     leave_out = ()  # names of flags that are not added: a script has no use for them
     helps = {}  # {flag: help}, where a script has other words than all scripts
+    words = ()  # the command line
 
     def add_argument(self, *names, **options):
         """Add a flag, unless it is to be left out, and return what argparse returns.
@@ -4188,9 +4190,23 @@ class Parser(argparse.ArgumentParser):
             exit_with_error(f"{action.option_strings[0]}: an empty value; {valid}")
         return super()._get_values(action, arg_strings)
 
+    def parse_known_args(self, args=None, namespace=None):
+        """Do what argparse does, and remember the command line for `error`."""
+        self.words = sys.argv[1:] if args is None else args
+        return super().parse_known_args(args, namespace)
+
     def error(self, message):
-        """End the program with the message and a hint: the example, or --help."""
+        """End the program with the message and a hint: a flag, the example, or --help."""
         # argparse itself would print the usage first, some 20 lines.
+        known = self._option_string_actions
+        for word in self.words:
+            flag = word.partition("=")[0]
+            # argparse takes the beginning of a flag for the flag. A bare -- is none.
+            if not flag.startswith("--") or any(name.startswith(flag) for name in known):
+                continue
+            near = difflib.get_close_matches(flag, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "try --help"
+            exit_with_error(f"unrecognized arguments: {flag} ({hint})")
         is_missing = message.startswith("the following arguments are required")
         if is_missing and self.example:
             exit_with_error(f"{message} (e.g. {self.example})")

@@ -881,6 +881,7 @@ def pool(looks, forget):  # <-- 03
 
     num            how many samples they had
     ur             share of these that show a class of the list `forget`, in percent
+    ur_before      the same of the Standard model's samples from the same noise
     left           what is left of each class, see common.class_ratios; 1 where nothing can be said,
                    and for a class to forget
     worst          what is left of the kept class that lost most
@@ -898,6 +899,7 @@ def pool(looks, forget):  # <-- 03
     return {
         "num": num,
         "ur": 100 * int(after[forget].sum()) / num,
+        "ur_before": 100 * int(before[forget].sum()) / int(before.sum()),
         "left": left,
         "worst": 1.0 if worst_class is None else left[worst_class],
         "worst_class": worst_class,
@@ -1079,22 +1081,24 @@ def course_text(args, data, model, step_seconds):  # <-- 03
     """
     done = len(model.losses)
     longest = (last_step(args, model) - done) * step_seconds
-    if not model.course.history:
+    if args.until is None:
         return f"ETA {longest:.0f} s"
+    if not model.course.history:
+        return f"ETA at most {longest:.0f} s"
     now = model.course.history[-1]
     worst_class = now["worst_class"]
     worst = "" if worst_class is None else f"{data.class_names[worst_class]} x{now['worst']:.2f}"
     push = "" if now["kappa"] is None else f"kappa {now['kappa']:.2f}  "
     soon = min(longest, steps_to_aim(model.course.history, args.until / 2) * step_seconds)
-    eta = f"{soon:.0f} s" if soon == longest else f"{soon:.0f} to {longest:.0f} s"
+    eta = f"at most {longest:.0f} s" if soon == longest else f"{soon:.0f} to {longest:.0f} s"
     return f"UR {now['ur']:.1f} %  unsure {now['unsure']:.1f} %  {worst}  {push}ETA {eta}"
 
 
 def steps_to_aim(history, aim):  # <-- 03
     """Guess in how many steps UR is down to `aim` (percent), if it goes on falling as it does."""
-    if len(history) < 2:
-        return math.inf
-    before, now = history[-2:]
+    now = history[-1]
+    # Before its first step a run has the UR of the Standard model.
+    before = history[-2] if len(history) > 1 else {"step": 0, "ur": now["ur_before"]}
     if now["ur"] <= aim:
         return now["step"] - before["step"]
     if now["ur"] >= before["ur"]:
@@ -1337,6 +1341,9 @@ def check_resume(args, path, folder, made_from):
         return
     refuse_other_run(args, folder, made_from)
     if not args.resume:
+        # A result of other settings would have been refused.
+        if (folder / "result.json").is_file() and not args.overwrite:
+            common.say(f"this run has been finished before, in {folder}/; now it is made again")
         return
     for place in (folder, *folder.parent.glob(f"{folder.name}-worse*")):
         path_of_result = place / "result.json"
@@ -1745,10 +1752,13 @@ def plot_curves(path, losses, title, history=(), wish=None):
     wish     the UR that it was to come to, in percent
     """
     plt = common.pyplot()
-    num_rows = 2 if history else 1
-    fig, axes = plt.subplots(num_rows, 2, figsize=(9, 3 * num_rows + 0.2), squeeze=False)
-    names = ("retain loss L_g", "forget loss L_f")
-    for ax, curve, name in zip(axes[0], losses.T.cpu().numpy(), names):
+    panels = [["L_g"] * 3 + ["L_f"] * 3]
+    if history:
+        panels.append(["shares"] * 2 + ["kept"] * 2 + ["push"] * 2)
+    fig, axes = plt.subplot_mosaic(panels, figsize=(9, 3 * len(panels) + 0.2))
+    names = {"L_g": "retain loss L_g", "L_f": "forget loss L_f"}
+    for (key, name), curve in zip(names.items(), losses.T.cpu().numpy()):
+        ax = axes[key]
         steps = np.flatnonzero(np.isfinite(curve))  # not every step needs to have an L_f
         values = curve[steps]
         ax.plot(steps, values, color="0.7")
@@ -1759,8 +1769,8 @@ def plot_curves(path, losses, title, history=(), wish=None):
             ax.plot(steps[window - 1 :], mean, color="black")
         ax.set_title(name, fontsize=10)
     if history:
-        plot_looks(axes[1], history, wish)
-    for ax in axes.flat:
+        plot_looks(axes, history, wish)
+    for ax in axes.values():
         ax.set_xlabel("step")
     fig.suptitle(title, fontsize=10)
     fig.tight_layout()
@@ -1770,10 +1780,10 @@ def plot_curves(path, losses, title, history=(), wish=None):
 def plot_looks(axes, history, wish):  # <-- 03
     """Plot what a run with --until has seen: shares of the samples, and the class that lost most.
 
-    axes  two of matplotlib; the others are as in plot_curves
+    axes  {"shares": ..., "kept": ..., "push": ...}; the others are as in plot_curves
     """
     steps = [now["step"] for now in history]
-    shares, kept = axes
+    shares, kept, push = [axes[name] for name in ("shares", "kept", "push")]
     names = {"ur": "UR", "unsure": "unsure", "unsure_before": "unsure, Standard"}
     for name, label in names.items():
         style = ":" if name == "unsure_before" else ".-"
@@ -1782,13 +1792,17 @@ def plot_looks(axes, history, wish):  # <-- 03
     shares.set_title("share of the samples, %", fontsize=10)
     kept.plot(steps, [now["worst"] for now in history], ".-", label="worst kept class")
     kept.axhline(KEPT, color="0.6", lw=1, ls="--", label="so much has to stay")
-    pushes = [now["kappa"] for now in history]
-    if None not in pushes:  # the push was not fixed by a flag
-        kept.plot(steps, pushes, ".-", label="kappa")
     kept.set_title("share of a class after / before", fontsize=10)
-    for ax in axes:
-        ax.set_ylim(bottom=0)
+    for ax in (shares, kept):
+        ax.set_ylim(0, 1.1 * ax.get_ylim()[1])
         ax.legend(fontsize=7)
+    pushes = [now["kappa"] for now in history]
+    if None in pushes:  # another method, or a flag fixes the push
+        push.set_axis_off()
+        return
+    push.plot(steps, pushes, ".-")
+    push.set_ylim(0, 1.1 * push.get_ylim()[1])
+    push.set_title("push, kappa", fontsize=10)
 
 
 def read_log(path):

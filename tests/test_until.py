@@ -307,9 +307,10 @@ def test_the_end_forgives_what_chance_can_take_of_a_class(unlearn, fragile, num_
 
 
 def test_the_guess_of_the_time_follows_the_fall(unlearn):
-    history = [{"step": 50, "ur": 8.0}, {"step": 100, "ur": 4.0}]
+    history = [{"step": 50, "ur": 8.0, "ur_before": 16.0}, {"step": 100, "ur": 4.0}]
     assert unlearn.steps_to_aim(history, 1.0) == pytest.approx(100)
-    assert unlearn.steps_to_aim(history[:1], 1.0) == np.inf
+    # From 16 % it halved in 50 steps, and 8 is halved three times.
+    assert unlearn.steps_to_aim(history[:1], 1.0) == pytest.approx(150)
     assert unlearn.steps_to_aim(history[::-1], 1.0) == np.inf
 
 

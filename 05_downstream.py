@@ -925,7 +925,7 @@ def restore_all(setup, models, finished, start, made_from):
     if args.task == "reconstruct":
         draw(finished / "curve.png", plot_curve, results)
     common.say(
-        f"{time.time() - start:.0f} s; judged by {shown.title}; wrote {finished}/; "
+        f"{time.time() - start:.0f} s; the picture shows {shown.title}; wrote {finished}/; "
         f"next: look at {finished / 'pictures.png'}"
     )
 

@@ -85,12 +85,13 @@ def headline():
         methods.add(method)
         flag = make_tables.WEIGHTS[method].flag
         chosen = f"`{flag} {weight}`" if flag else ""
-        name = f"{method}, {steps[0]} steps" if steps else method
-        runs = [rows[f"{forget}/{label}"] for forget in FORGET_SETS]
         if method in ("obt", "ort"):  # with the time and the noise levels that they need
             runs = [longer[f"{forget}/{method}/dsm/1500"] for forget in FORGET_SETS]
             chosen += " `--uniform-t`"
-            name = f"{method}, 1500 steps"
+            steps = [1500]
+        else:
+            runs = [rows[f"{forget}/{label}"] for forget in FORGET_SETS]
+        name = f"{method}, {steps[0]} steps" if steps else method
         cells.append([name, chosen, *map(ur_and_fd, runs), *poster_cells(method)])
     return markdown(header, cells)
 

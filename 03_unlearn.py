@@ -144,7 +144,7 @@ def flags():
         "--sde",
         choices=list(common.SDES),
         default="vp",
-        help="noise of D_g in training, and where sampling starts",
+        help="noise of D_g in training, of D_f too with --uniform-t, and where sampling starts",
     )
     p.add_argument(  # <-- 03
         "--from-scratch",
@@ -447,7 +447,7 @@ class Course:  # <-- 03
     shares: list | None = None  # how often L_g sees each class, see protect; None: as it comes
     looks: list = field(default_factory=list)  # what was seen so far, see look
     history: list = field(default_factory=list)  # a dict for each step with looks, see pool
-    best: dict | None = None  # the state that is nearest to the wish: step, cost, figures, weights
+    best: dict | None = None  # the state that is nearest to the wish: step, kappa, cost, weights
     has_ended: bool = False  # because it has come to its wish
     seconds: float = 0.0  # that the looks have taken
 
@@ -827,9 +827,10 @@ CHECK_NFE = {"ddpm": 30}  # ancestral steps need more
 NUM_POOLED = 4  # the last looks that count together: 1,000 samples, each from its own noise
 CHECK_STREAM = 10**6  # makes their noise another one than that of the samples "after"
 KEPT = 0.8  # so much of each kept class has to stay
-# And so much of it in the samples of the end: chance alone takes or adds a tenth of 200 samples.
+# And so much of it in the samples of the end: by chance alone 200 samples of a class can be a tenth
+# more or fewer.
 KEPT_AT_THE_END = 0.7
-# With distill as L_g the optimum is pushed by kappa - 1: at 1 it is the Standard model again.
+# With distill as L_g the optimum is pushed by kappa - 1: at 1 it is Unseen, which still draws D_f.
 LEAST_KAPPA = 1.2
 RARE = 20  # of a class that the Standard model draws less often than this nothing can be said
 
@@ -853,7 +854,8 @@ def steer(kappa, looks, forget, wish):  # <-- 03
     recent = pool([look for look in looks if look["step"] in steps[-2:]], forget)
     earlier = [look for look in looks if look["step"] in steps[-4:-2]]
 
-    # None of 250 samples only says: below 1.5 %. It takes more of them to stop, all of one model.
+    # If 0 of 250 samples are D_f, the true share may still be 1.5 %. So it takes more samples to
+    # stop, all of one model.
     num_same = sum(look["step"] == steps[-1] for look in looks)
     if num_same >= NUM_POOLED and not missed(now, aim):
         return kappa, "stop"
@@ -935,7 +937,7 @@ def missed(figures, most, kept=KEPT):  # <-- 03
     return {name: factor for name, factor in factors.items() if factor > 1}
 
 
-def say_missed(figures, most, class_names, kept=KEPT):  # <-- 03
+def say_missed(figures, most, class_names, kept=KEPT_AT_THE_END):  # <-- 03
     """Say in words which bounds the figures of `pool` miss: a list of texts; see missed."""
     worst_class = figures["worst_class"]
     name = "" if worst_class is None else class_names[worst_class]
@@ -943,7 +945,7 @@ def say_missed(figures, most, class_names, kept=KEPT):  # <-- 03
     unsure_before = figures["unsure_before"]
     texts = {
         "ur": f"UR {figures['ur']:.2f} %, and not {most:g} %",
-        "kept": f"of '{name}' {100 * figures['worst']:.0f} % are left, and not {100 * kept:.0f} %",
+        "kept": f"of '{name}' {100 * figures['worst']:.1f} % are left, and not {100 * kept:.0f} %",
         "unsure": f"the judge is unsure of {unsure:.1f} %, before of {unsure_before:.1f} %",
     }
     return [texts[name] for name in missed(figures, most, kept)]
@@ -1010,13 +1012,14 @@ def look_and_steer(args, data, model, judge):  # <-- 03
     if args.until is None or not is_time:
         return
     start = time.time()
+    pushed_by = course.kappa  # up to this look
     kappa = course.kappa or 0.0
     decision = "look again"
     while decision == "look again":
         course.looks.append(look(args, data, model, judge))
         kappa, decision = steer(kappa, course.looks, data.forget_classes, args.until)
     figures = pool(course.looks[-NUM_POOLED:], data.forget_classes)
-    course.history.append({"step": done, "kappa": course.kappa, **figures})
+    course.history.append({"step": done, "kappa": pushed_by, **figures})
     course.has_ended = decision == "stop"
     if course.kappa is not None:
         course.kappa = kappa
@@ -1031,7 +1034,7 @@ def look_and_steer(args, data, model, judge):  # <-- 03
     is_known = len(course.looks) >= NUM_POOLED or done == args.max_steps
     if is_known and (course.best is None or cost <= course.best["cost"]):
         weights = {name: weight.clone() for name, weight in model.ema.net.state_dict().items()}
-        course.best = {"step": done, "cost": cost, "figures": figures, "weights": weights}
+        course.best = {"step": done, "kappa": pushed_by, "cost": cost, "weights": weights}
     course.seconds += time.time() - start
 
 
@@ -1108,20 +1111,16 @@ def steps_to_aim(history, aim):  # <-- 03
     return math.log(now["ur"] / aim) / rate
 
 
-def not_reached(args, data, model, result):  # <-- 03
+def not_reached(args, data, result):  # <-- 03
     """Return what stood in the way of the wish of --until: texts, none if it was reached.
 
     result  content of result.json: the samples "after" are from noise that no look has seen
+
+    The looks decide when to stop, and which state is saved. Whether the wish was reached is decided
+    here, also where the steps ran out: the looks aim at half the wish, and have fewer samples.
     """
-    reasons = []
-    if not model.course.has_ended:
-        best = model.course.best["figures"]
-        texts = say_missed(best, args.until / 2, data.class_names)
-        texts = texts or ["too few looks to be sure"]
-        reasons = [f"{text} ({args.max_steps} steps, {best['num']:,} samples)" for text in texts]
     fresh = fresh_figures(data, result)
-    texts = say_missed(fresh, args.until, data.class_names, KEPT_AT_THE_END)
-    return reasons + [f"{text} ({result['n']:,} fresh samples)" for text in texts]
+    return say_missed(fresh, args.until, data.class_names)
 
 
 def fresh_figures(data, result):  # <-- 03
@@ -1273,7 +1272,6 @@ def save_for_resume(path, model, args):
         made_from=model.made_from,
         rng=torch.get_rng_state(),
         args=vars(args),
-        torch=str(torch.__version__),
     )
 
 
@@ -1288,9 +1286,9 @@ NOT_OF_THE_RESULT = (
     "cache_dir",
     "device",
 )
-# Flags on which no weight depends, because they are about how the work is split, where the images
-# lie, and how a run is measured. They may be others when it goes on.
-NOT_OF_THE_MODEL = (*NOT_OF_THE_RESULT, "data_dir", "grad_accum", "compile", "n", "nfe")
+# Flags on which no weight depends, because they are about where the images lie, how fast a step
+# is, and how a run is measured. They may be others when it goes on.
+NOT_OF_THE_MODEL = (*NOT_OF_THE_RESULT, "data_dir", "compile", "n", "nfe")
 
 
 def resume(path, model, args):
@@ -1454,9 +1452,13 @@ def reasons_of_worse(args, result, data):
         return reasons
     low, _ = result["ur_interval"]
     if low > result["ur_before"]:
-        reasons.append(f"UR {result['ur_before']:.2f} > {result['ur_after']:.2f} %")
-    if result["low_confidence_after"] > 50:
-        reasons.append(f"the judge is unsure of {result['low_confidence_after']:.0f} %")
+        reasons.append(f"UR {result['ur_before']:.2f} to {result['ur_after']:.2f} %")
+    unsure_before = result["low_confidence_before"]
+    unsure_after = result["low_confidence_after"]
+    if unsure_after > max(50, unsure_before):
+        reasons.append(
+            f"the judge is unsure of {unsure_after:.0f} %, before of {unsure_before:.0f} %"
+        )
     counts = zip(result["class_counts"]["before"], result["class_counts"]["after"])
     for i, (num_before, num_after) in enumerate(counts):
         # 20: of a class that is drawn so often none is missing by chance (e^-20).
@@ -1515,13 +1517,19 @@ def report(args, data, model, judge, real_g, before, after):
     after   Samples of the unlearned model
     """
     row_before, row_after, row_floor = measure_all(args, data, judge, real_g, before, after)
+    alpha = args.alpha
+    kappa = args.kappa
+    best = model.course.best
+    if best is not None and best["kappa"] is not None:  # no flag has fixed the push
+        kappa = best["kappa"]
+        alpha = alpha_of(kappa, data)
     print_measures(args, row_before, row_after, row_floor)
     result = {
         "method": args.method,
         "sde": args.sde,
         "forget": data.forget_names,
-        "alpha": alpha_now(args, data, model),
-        "kappa": args.kappa or model.course.kappa,
+        "alpha": alpha,
+        "kappa": kappa,
         "steps": saved_step(model),
         "n": args.n,
         "sampler": common.SDES[args.sde].sampler,
@@ -1561,7 +1569,7 @@ def report(args, data, model, judge, real_g, before, after):
         result["worst_class"] = None if worst_class is None else data.class_names[worst_class]
     result["not_reached"] = None
     if args.until is not None:
-        result["not_reached"] = not_reached(args, data, model, result)
+        result["not_reached"] = not_reached(args, data, result)
         say_how_it_ended(args, model, result)
     return result
 
@@ -1598,7 +1606,8 @@ def measure_all(args, data, judge, real_g, before, after):
         standard = before.verdict
     row_after = measure(after.verdict, standard)
     real_test = common.random_subset(data.test_g, args.n, args.seed)
-    row_floor = measure(common.judge_images(judge, real_test), None)
+    # With as many images as the others have in their distance; see common.measure.
+    row_floor = measure(common.judge_images(judge, real_test), standard)
     return row_before, row_after, row_floor
 
 
@@ -1688,7 +1697,8 @@ def draw_flow(path, data, before, after, num_images=32, columns=8):
         sides = {"after": after}
     forget = torch.tensor(data.forget_classes)
     first = next(iter(sides.values()))
-    was_forgotten = torch.isin(first.verdict.labels[:NUM_SHOWN], forget)
+    num_known = len(first.way[0][1])  # the way is that of the first batch
+    was_forgotten = torch.isin(first.verdict.labels[:num_known], forget)
     # False sorts before True.
     picked = torch.argsort(~was_forgotten, stable=True)[:num_images]
 
@@ -1839,6 +1849,23 @@ def draw_pictures(args, data, folder, before, after, losses, again, history=()):
         common.draw_picture(folder / "flow.gif", draw_flow, data, before, after, again=again)
 
 
+def refuse_redraw(args, folder, recorded):
+    """Exit with one line if the pictures of a folder cannot be drawn again by --redraw.
+
+    recorded  "args" in the model.pt of the folder
+    """
+    needed = {"dataset", "forget", "method", "sde", "from_scratch", "n", "nfe", "seed", "quick"}
+    is_run = isinstance(recorded, dict) and needed <= recorded.keys()
+    if not is_run or recorded["sde"] not in common.SDES:
+        common.exit_with_error(f"--redraw: {folder} is no run of 03, and has no such pictures")
+    if set(recorded["forget"]) != set(args.forget):
+        forgotten = " ".join(recorded["forget"])
+        common.exit_with_error(f"{folder} has forgotten {forgotten}: give --forget {forgotten}")
+    if recorded["quick"] != args.quick:
+        verb = "give" if recorded["quick"] else "leave out"
+        common.exit_with_error(f"{folder} is a run of another kind: {verb} --quick")
+
+
 def redraw(args, data, judge, folder):
     """Draw the pictures of a finished run again (--redraw), from its files and without training.
 
@@ -1846,18 +1873,18 @@ def redraw(args, data, judge, folder):
     """
     command = common.run_command(args, folder / "model.pt", data.forget_names)
     checkpoint = common.load_checkpoint(folder / "model.pt", command, ("arch", "ema", "args"))
+    refuse_redraw(args, folder, checkpoint["args"])
     # How the samples were drawn is known to the run. Where it lies, and on what, is known here.
     here = {name: getattr(args, name) for name in ("out", "data_dir", "device", "quick", "animate")}
     # What a run of an older version does not record was off.
     run_args = argparse.Namespace(**{"until": None, "bf16": False, **checkpoint["args"], **here})
     run_args.n = min(run_args.n, NUM_SHOWN)
-    if set(run_args.forget) != set(args.forget):
-        forgotten = " ".join(run_args.forget)
-        common.exit_with_error(f"{folder} has forgotten {forgotten}: give --forget {forgotten}")
 
     shape = data.images.shape[1:]
     base = load_base(run_args, shape)
     net = common.load_net(folder / "model.pt", command, args.device, shape)
+    if base is not None:
+        common.warn_of_other_base(folder / "model.pt", base, command)
     sde = common.SDES[run_args.sde]()
     before = None
     if base is not None:

@@ -302,8 +302,7 @@ def test_the_end_forgives_what_chance_can_take_of_a_class(unlearn, fragile, num_
         "low_confidence_after": 10.0,
     }
     args = arguments(unlearn, "--until", 1)
-    model = types.SimpleNamespace(course=unlearn.Course(has_ended=True))
-    assert len(unlearn.not_reached(args, make_data(unlearn), model, result)) == num_texts
+    assert len(unlearn.not_reached(args, make_data(unlearn), result)) == num_texts
 
 
 def test_the_guess_of_the_time_follows_the_fall(unlearn):
@@ -405,6 +404,15 @@ def test_what_is_saved_is_the_best_state_and_not_the_last(unlearn, monkeypatch):
     assert unlearn.saved_step(run.model) == 7
     assert same_weights(run.model.ema.net.state_dict(), run.averages[6])
     assert not same_weights(run.averages[6], run.averages[-1])
+
+
+def test_the_kappa_that_is_reported_is_that_of_the_saved_state(unlearn, monkeypatch):
+    """UR falls little, so kappa grows at every look, the last one included."""
+    run = Watched(unlearn, monkeypatch, [20], "--max-steps", 8)
+    best = run.model.course.best
+    assert best["step"] == 8
+    assert best["kappa"] == run.model.course.history[-1]["kappa"] < run.model.course.kappa
+    assert run.alphas[-1] == unlearn.alpha_of(best["kappa"], run.data)
 
 
 def test_the_next_step_is_pushed_as_the_controller_says(unlearn, monkeypatch):
@@ -536,7 +544,7 @@ def test_a_run_says_what_stood_in_the_way(never):
     run, out = never
     check_success(run)  # --quick shows that it runs, nobody expects it to forget
     result = read_json(only_run(out) / "result.json")
-    assert result["not_reached"][0].startswith("UR 100.00 %, and not 0.5 % (9 steps")
+    assert result["not_reached"][0] == "UR 100.00 %, and not 1 %"
     assert "not reached: UR 100.00 %" in run.out
     assert "fresh noise" in run.out
     assert result["steps"] == 9

@@ -149,13 +149,6 @@ def check_attack(args, num_images):
         )
 
 
-def relearn_counts(args):
-    """List how many images of D_f the attacker has, one number per attack: [] without --relearn."""
-    if args.relearn is None:
-        return []
-    return args.relearn or [1, 10, 100]  # --relearn without a number is an empty list
-
-
 # ---- the images, and which models there are ------------------------------------------------------
 
 
@@ -238,6 +231,7 @@ def find_models(args, forget_names, folder, shape):
 
     for path in sorted(runs, key=unseen_first):
         command = common.run_command(args, path, forget_names)
+        common.warn_of_other_base(path, models[0].net, command)
         models.append(load_model(args, path.parent.name, path, command, runs[path], shape))
     return models
 
@@ -307,7 +301,7 @@ def total_cost(args, num_models, num_nll_images):
     sample_cost = args.n * args.nfe
     model_cost = sample_cost + num_nll_images * nll_cost_per_image(args)
     # An attack trains for a moment only: nearly all its time goes into sampling again.
-    attack_cost = len(relearn_counts(args)) * sample_cost
+    attack_cost = len(args.relearn or []) * sample_cost
     # All models but the Standard model are attacked.
     return num_models * model_cost + (num_models - 1) * attack_cost
 
@@ -726,7 +720,7 @@ def attack(setup, models, rows, standard, images_f):
     The Standard model, the first one, is left out: it has forgotten nothing that it could relearn.
     """
     args = setup.args
-    counts = relearn_counts(args)
+    counts = args.relearn or []
     attacked = []
     attacks = []
     if not counts:
@@ -1075,7 +1069,7 @@ def main(argv=None):
     for name, pictures in PICTURES_OF.items():
         outputs += [name, *pictures]
     common.refuse_unwritable(*[folder / name for name in outputs])
-    settings = describe(args, train, forget_names, len(nll_images) // 2)
+    settings = describe(args, (train, test), forget_names, len(nll_images) // 2)
     with common.locked(folder / "table.md"):  # two evaluations must not write one table in turns
         refuse_other_tables(args, folder, settings)
         evaluate(args, train, images, forget, nll_images, models, settings)
@@ -1083,10 +1077,10 @@ def main(argv=None):
     common.say(f"wrote {folder}/table.md; next: {next_command}")
 
 
-def describe(args, train, forget_names, num_nll):
+def describe(args, data, forget_names, num_nll):
     """Return what the tables say about how they were made, as a dict: all but the models.
 
-    train    the training Dataset
+    data     the Datasets of training and of test images
     num_nll  number of test images of D_g, and as many of D_f, in the likelihood
     """
     return {
@@ -1101,7 +1095,7 @@ def describe(args, train, forget_names, num_nll):
         "fid": args.fid,
         "seed": args.seed,
         "bf16": args.bf16,
-        "data": common.data_key(train),
+        "data": [common.data_key(part) for part in data],
     }
 
 

@@ -206,7 +206,7 @@ class SDE:
 
         An SDE that never has so little noise, such as VE, gives the time of the least that it has.
         Two values of `sigma` are in use, and they must not be mixed. Sampling ends at 0.01, where
-        less than one grey level of noise is left. The likelihood starts at 0.001. If it started at
+        about one grey level of noise is left. The likelihood starts at 0.001. If it started at
         0.01 too, MNIST would come out 0.94 bits/dim worse on average, a single image up to 2.2.
         The paper's VE starts there, because its noise never falls below 0.01.
         """
@@ -375,7 +375,7 @@ class DDPM(SDE):
 
     def draw(self, u):
         """Turn u ~ U(0, 1) into training times: each of the 1000 levels is equally likely."""
-        return torch.ceil(u * self.steps) / self.steps
+        return torch.ceil(u * self.steps).clamp(min=1) / self.steps
 
     def time_of(self, sigma):
         """The time of the level whose noise is nearest to sigma (B,)."""
@@ -782,7 +782,7 @@ class GaussianMixture(ExactNet):
 
 
 def _stratified(n, device):
-    """Draw n numbers in (0, 1), one from each interval of length 1/n, in random order: (n,).
+    """Draw n numbers in [0, 1), one from each interval of length 1/n, in random order: (n,).
 
     Each of them alone is uniform, but together they cover the range evenly. So the loss of a batch
     varies less from step to step, at no cost (Kingma et al. 2021, appendix I).
@@ -2183,6 +2183,7 @@ def _checksum(images):
 
 
 NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT)
+NOT_WRITABLE += (errno.EEXIST, errno.ENOTDIR)  # a file lies where the folder should be
 
 
 def _decode_into_first(files, source, size, crop, source_key):
@@ -2213,7 +2214,7 @@ def _open_or_download(name, root, train):
         say(f"{name} is not in {root}: downloading it")
     try:
         # torchvision checks the md5 of what it downloads.
-        return _open_torchvision(name, make_folder(root), train, download=True)
+        return _open_torchvision(name, make_folder(root, "--data-dir"), train, download=True)
     except Exception as error:  # no network, no space, gdown not installed, a wrong checksum
         reason = reason_of(error)
         exit_with_error(
@@ -2589,28 +2590,27 @@ def reference_images(images, quick):
     return images[:1000] if quick else images
 
 
-def split_forget(data, names):
+def split_forget(data, names, flag="--forget"):
     """Find out which images of a Dataset are D_f, the data to forget; the others are D_g.
 
     names  of the classes to forget, in any order
+    flag   with which the user gave them, for the error messages
 
     Returns is_forgotten (N,) bool, True for D_f, and the sorted list of the indices of the classes.
     Exits with one line on an unknown name, and when D_f or D_g would be empty.
     """
     unknown = [name for name in names if name not in data.classes]
     if unknown:
-        exit_with_error(
-            f"--forget: no class '{unknown[0]}'; choose from: {', '.join(data.classes)}"
-        )
+        exit_with_error(f"{flag}: no class '{unknown[0]}'; choose from: {', '.join(data.classes)}")
     # A set, because a name may be given twice. Sorted: "7 3" and "3 7" are the same D_f.
     forget = sorted({data.classes.index(name) for name in names})
     is_forgotten = torch.isin(data.labels, torch.tensor(forget))
     if is_forgotten.all():
         exit_with_error(
-            "--forget: all classes; nothing would be left to keep (leave at least one out)"
+            f"{flag}: all classes; nothing would be left to keep (leave at least one out)"
         )
     if not is_forgotten.any():
-        exit_with_error(f"--forget: too few images: class '{names[0]}' has none (1 is needed)")
+        exit_with_error(f"{flag}: too few images: class '{names[0]}' has none (1 is needed)")
     return is_forgotten, forget
 
 
@@ -2774,14 +2774,14 @@ def batch_parts(args, step):
 
     It yields 0, 1, ... There is one part, unless --grad-accum splits the batch; torchrun splits it
     among processes. Each part of a split batch has its own random stream. So two processes, and one
-    process with --grad-accum 2, train the same model. On CUDA each step has its own stream even
-    without a split: the generator there is not saved in a checkpoint, and --resume would otherwise
-    repeat the numbers of the first steps.
+    process with --grad-accum 2, train the same model. On CUDA and mps each step has its own stream
+    even without a split: the generator there is not saved in a checkpoint, and --resume would
+    otherwise repeat the numbers of the first steps.
     """
     rank, num_processes = ranks()
     is_split = num_processes * args.grad_accum > 1
     for i in range(args.grad_accum):
-        if is_split or args.device.startswith("cuda"):
+        if is_split or not args.device.startswith("cpu"):
             # 2 processes have the parts 0 and 1, just as 1 process with --grad-accum 2 has.
             part = rank + num_processes * i
             torch.manual_seed(rng(args.seed, step, part).initial_seed())
@@ -3360,6 +3360,24 @@ def find_runs(args, forget_names):
     return runs
 
 
+def warn_of_other_base(path, base, command):
+    """Print one line on stderr if a run of 03 was made from another Standard model than `base`.
+
+    path     of its model.pt; nothing is printed if its result.json does not name a Standard model
+    base     network of the Standard model
+    command  what makes the run again
+    """
+    try:
+        digest = json.loads(read_text(path.with_name("result.json")))["made_from"]["base"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return
+    if digest is not None and digest != weights_digest(base):
+        warn(
+            f"{path.parent} was made from another Standard model, so the two do not compare; "
+            f"make it again with: {command}"
+        )
+
+
 def run_command(args, path, forget_names):
     """Return the command that makes a run again whose model.pt is at `path`, for error messages.
 
@@ -3615,9 +3633,10 @@ def make_folder(path, flag="--out"):
         if not os.access(path, os.W_OK):
             raise PermissionError("no permission to write")
     except OSError as error:
-        exit_with_error(
-            f"cannot write to {path} ({error.strerror or error}); choose another folder with {flag}"
-        )
+        reason = error.strerror or error
+        if os.path.islink(path) and not os.path.exists(path):
+            reason = f"a link to {os.readlink(path)}, which cannot be found"
+        exit_with_error(f"cannot write to {path} ({reason}); choose another folder with {flag}")
     return Path(path)
 
 
@@ -4187,7 +4206,8 @@ class Parser(argparse.ArgumentParser):
         """Convert the values of a flag; exit with one line if one is empty, as of an unset $OUT."""
         if "" in arg_strings:
             valid = action.help or f"choose from: {', '.join(action.choices or ())}"
-            exit_with_error(f"{action.option_strings[0]}: an empty value; {valid}")
+            name = "/".join(action.option_strings) or action.dest
+            exit_with_error(f"{name}: an empty value; {valid}")
         return super()._get_values(action, arg_strings)
 
     def parse_known_args(self, args=None, namespace=None):
@@ -4444,6 +4464,7 @@ def finish_args(args, full, quick, folder=None):
     Exits with one line for an unknown data set, and for a device or folder that cannot be used.
     """
     fill_defaults(args, full, quick)
+    drop_repeated(args)
     separate_quick(args)
     recipe(args.dataset)  # an unknown data set ends here
     start_processes(args)
@@ -4463,12 +4484,17 @@ def refuse_pictures_among_outputs(args, out):
     """Exit with one line if the user's pictures and the folder `out` lie inside each other.
 
     What is written would become pictures of the data set. And what looks like a leftover there
-    could be the user's own file.
+    could be the user's own file. Nor may decoded pictures lie in the folder of a class.
     """
     if args.dataset != "folder" or not args.data_dir:
         return
     data = Path(args.data_dir).resolve()
     out = out.resolve()
+    if args.cache_dir and data in Path(args.cache_dir).resolve().parents:
+        exit_with_error(
+            f"--cache-dir {args.cache_dir} lies among the pictures of --data-dir {args.data_dir}, "
+            "and would count as one of their classes; choose another folder with --cache-dir"
+        )
     if data == out or data in out.parents or out in data.parents:
         exit_with_error(
             f"--data-dir {args.data_dir} and the outputs in {out} lie inside each other; "
@@ -4484,6 +4510,13 @@ def fill_defaults(args, full, quick):
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+
+
+def drop_repeated(args):
+    """Keep one of the values of a flag that are given twice: --forget 3 3 is --forget 3."""
+    for name in ("forget", "without", "keep", "runs", "relearn", "sigmas"):
+        if getattr(args, name, None):
+            setattr(args, name, list(dict.fromkeys(getattr(args, name))))
 
 
 def separate_quick(args):
@@ -4602,6 +4635,12 @@ def start_processes(args):
     # torchrun says who is who through the environment.
     if "RANK" not in os.environ or dist.is_initialized():
         return
+    missing = [name for name in TORCHRUN_SETS if not os.environ.get(name)]
+    if missing:
+        exit_with_error(
+            f"RANK is set in the environment, and {', '.join(missing)} not: start with torchrun, "
+            "or type first: unset RANK"
+        )
     on_cuda = args.device == "cuda"
     backend = "nccl" if on_cuda else "gloo"
     # So long, because the others wait while the first one downloads a data set.
@@ -4613,6 +4652,9 @@ def start_processes(args):
         sys.stdout = _null_stream()
 
 
+TORCHRUN_SETS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
 def _null_stream():
     """Return a text stream that forgets what is written into it."""
     return open(os.devnull, "w")
@@ -4622,7 +4664,7 @@ def check_device(args):
     """Exit with one line if args.device cannot be used; make it the current one on CUDA."""
     try:
         # The first thing on the device fails for a wrong name, an absent GPU and an absent driver.
-        torch.zeros(1, device=args.device)
+        torch.zeros(1, device=args.device).item()
         if args.device.startswith("cuda:"):
             # Without this all processes would send their messages (NCCL) from the first GPU.
             torch.cuda.set_device(args.device)

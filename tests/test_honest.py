@@ -239,6 +239,7 @@ BETTER = {
     "ur_before": 10.0,
     "ur_after": 1.0,
     "ur_interval": [0.5, 2.0],
+    "low_confidence_before": 9,
     "low_confidence_after": 9,
     "class_counts": {"before": [20, 30, 19], "after": [25, 0, 0]},
 }
@@ -249,6 +250,7 @@ WORSE = {
     "perhaps more 3s": ({"ur_after": 11.0, "ur_interval": [9.9, 13.0]}, 0),
     "rubbish": ({"low_confidence_after": 50.5}, 1),
     "half rubbish": ({"low_confidence_after": 50.0}, 0),
+    "rubbish before": ({"low_confidence_before": 60, "low_confidence_after": 55}, 0),
     "a class is gone": ({"class_counts": {"before": [20, 30, 5], "after": [0, 0, 40]}}, 1),
     "both": ({"ur_interval": [99, 100], "low_confidence_after": 70.0}, 2),
     "better": ({}, 0),
@@ -279,8 +281,10 @@ def worsening(small_base, monkeypatch):
 
     def run(unsure):
         def measure_and_change(*args):
-            result = measure(*args)
-            return {**result, "ur": 5.0, "ur_interval": [4.0, 6.0], "low_confidence": unsure}
+            result = {**measure(*args), "ur": 5.0, "ur_interval": [4.0, 6.0], "low_confidence": 0.0}
+            if args[-1] is not None:  # not the Standard model
+                result["low_confidence"] = unsure
+            return result
 
         monkeypatch.setattr(common, "measure", measure_and_change)
         flags = ("--steps", 2, "--batch-size", 4, "--n", 10, "--nfe", 2)

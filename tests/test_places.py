@@ -745,6 +745,24 @@ def test_a_recorded_command_that_is_none_is_not_named(tmp_path, command):
     assert "03_unlearn.py --dataset mnist --forget 3" in line
 
 
+@pytest.mark.parametrize(
+    "changes, word",
+    [({"sde": "any"}, "no run of 03"), ({"quick": False}, "leave out --quick")],
+)
+def test_redraw_says_which_folders_it_cannot_draw(tmp_path, small_base, changes, word):
+    """02's model without a class stands beside the runs of 03, and has no pictures of that kind."""
+    folder = small_base.parent / "forget-3/x"
+    flags = vars(load_script("03")["arguments"](["--forget", "3", "--out", str(tmp_path)]))
+    net = common.UNet(width=8, sd=0.6)
+    shown = {**flags, "quick": True, **changes}
+    folder.mkdir(parents=True)
+    common.save_checkpoint(
+        folder / "model.pt", arch=net.arch, ema=net.state_dict(), args=shown, step=1
+    )
+    run = run_script("03", *UNLEARN, "--out", tmp_path, "--redraw", folder)
+    check_refusal(run, word)
+
+
 def test_redraw_of_a_damaged_run_names_its_own_command(tmp_path):
     """It is not the command of the default method."""
     folder = tmp_path / "ort"
@@ -816,6 +834,28 @@ def test_a_run_of_other_classes_or_data_is_left_out_and_named(tmp_path, capsys, 
     found = [path.parent.name for path in common.find_runs(args, ["3"])]
     assert found == ["mine"]
     assert "left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("below", ["cache", "a/cache"])
+def test_decoded_pictures_do_not_lie_among_the_pictures(tmp_path, below):
+    """In the folder of a class they would change the pictures while these are decoded."""
+    (tmp_path / "pictures/a").mkdir(parents=True)
+    data = tmp_path / "pictures"
+    flags = ["--dataset", "folder", "--data-dir", data, "--cache-dir", data / below]
+    check_refusal(run_script("02", *flags, "--out", tmp_path / "out"), "--cache-dir")
+    assert [path.name for path in data.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("is_other", [False, True])
+def test_a_run_of_another_standard_model_is_named(tmp_path, capsys, is_other):
+    base = common.UNet(width=8, sd=0.6)
+    other = common.UNet(width=8, sd=0.5)
+    digest = common.weights_digest(other if is_other else base)
+    common.write_json(tmp_path / "result.json", {"made_from": {"base": digest}})
+    common.warn_of_other_base(tmp_path / "model.pt", base, "python 03_unlearn.py")
+    said = capsys.readouterr().err
+    assert ("another Standard model" in said and "python 03_unlearn.py" in said) == is_other
+    assert bool(said) == is_other
 
 
 @pytest.mark.parametrize(

@@ -444,8 +444,27 @@ def oracle(tmp_path_factory):
 
 def test_the_floor_compares_test_images_of_d_g_with_training_images_of_d_g(recorded, oracle):
     row = common.measure(oracle.floor, [3], oracle.real, 10)
-    assert recorded.result["fd_floor"] == pytest.approx(row["fd"], rel=1e-6)
+    num_compared = 40 - recorded.result["class_counts"]["before"][3]
+    fd = common.frechet_distance(oracle.floor.features[:num_compared], oracle.real.features)
+    assert recorded.result["fd_floor"] == pytest.approx(fd, rel=1e-6)
     assert recorded.result["ur_floor"] == row["ur"]
+
+
+def test_the_floor_has_as_many_images_as_the_distances_beside_it(unlearn, oracle):
+    """The Standard model's samples are 40 real digits here; five classes of ten are forgotten."""
+    train, test = common.load_train_and_test("mnist")
+    args = tiny_arguments(unlearn, "--forget", 0, 1, 2, 3, 4, "--n", 40)
+    data = unlearn.split_data(args, train, test)
+    images = test.images[:40]
+    before = unlearn.Samples(images, common.judge_images(oracle.judge, images))
+    real_g = train.images[data.index_g][:1000]
+    _, _, floor = unlearn.measure_all(args, data, oracle.judge, real_g, before, before)
+    num_compared = int((before.verdict.labels > 4).sum())
+    assert 10 < num_compared < 30
+    real_test = common.random_subset(data.test_g, 40, args.seed)
+    features = common.judge_images(oracle.judge, real_test).features[:num_compared]
+    expected = common.frechet_distance(features, common.judge_images(oracle.judge, real_g).features)
+    assert floor["fd"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_figures_before_and_after_are_those_of_the_samples(recorded, oracle):

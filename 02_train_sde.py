@@ -226,7 +226,7 @@ def split_off(dataset, names):
     """
     if not names:
         return torch.zeros(len(dataset.labels), dtype=torch.bool), []
-    return common.split_forget(dataset, names)
+    return common.split_forget(dataset, names, "--without")
 
 
 @dataclass
@@ -673,8 +673,10 @@ def measure_base(args):
 # ---- the story -----------------------------------------------------------------------------------
 
 
-def next_command(args, classes):
+def next_step(args, classes):
     """Return the command to try next: 03 on what was left out, or else on the last class."""
+    if len(classes) == 1 and args.dataset == "folder":
+        return "03 forgets one class of several, and these pictures have only one"
     base, base_command = common.find_base(args)
     if not base.exists():  # an Unseen model of data without a Standard one, which 03 begins with
         return base_command
@@ -736,7 +738,7 @@ def main(argv=None):
         common.say(f"nothing was left to do: {path} has all its {args.steps} steps")
     else:
         common.refuse_skipped(model.num_skipped, args.steps)
-        common.say(f"wrote {path}; next: {next_command(args, train_set.classes)}")
+        common.say(f"wrote {path}; next: {next_step(args, train_set.classes)}")
 
 
 if __name__ == "__main__":

@@ -53,6 +53,8 @@ import common
 # The methods whose rows follow Standard, in the order of the poster. Others come after them.
 FIRST_METHODS = ["unseen", "ort", "obt", "obt-rel"]
 
+LEAST_N = 3  # test images of D_f, and of D_g; a Frechet distance of fewer says nothing
+
 # ---- masks ---------------------------------------------------------------------------------------
 #
 # Each function says which pixels are hidden. y (H, 1) and x (W,) are the centres of the pixels,
@@ -141,7 +143,7 @@ def arguments(argv):
         "--sde",
         choices=list(common.SDES),
         default="vp",
-        help="one network serves all: whose noise range and clock to use",
+        help="its noise range and its clock are used; one network serves all SDEs",
     )
     parser.add_argument(
         "--runs",
@@ -151,7 +153,7 @@ def arguments(argv):
     )
     parser.add_argument(
         "--n",
-        type=common.number(int, 3),
+        type=common.number(int, LEAST_N),
         help="test images of D_f, and as many of D_g (default: 200)",
     )
     parser.add_argument(
@@ -665,6 +667,7 @@ def load_models(args, forget_names, folder, shape):
             # As in a table: "obt-rel-vp" is "Obt-rel". VP is the default and goes without saying.
             name = run.removesuffix("-vp").capitalize()
             run_command = common.run_command(args, path, forget_names)
+            common.warn_of_other_base(path, models["Standard"], run_command)
             models[name] = common.load_net(path, run_command, args.device, shape)
     return models
 
@@ -678,10 +681,14 @@ def choose_images(is_forgotten, args):
     """
     index_f = torch.where(is_forgotten)[0]
     index_g = torch.where(~is_forgotten)[0]
-    if args.n > min(len(index_f), len(index_g)):
+    num_images = min(len(index_f), len(index_g))
+    if args.n > num_images:
+        remedy = f"choose --n {num_images}"
+        if num_images < LEAST_N:
+            remedy = f"{LEAST_N} of each are needed"
         common.exit_with_error(
             f"--n {args.n}: the test set has {len(index_f):,} images of D_f "
-            f"and {len(index_g):,} of D_g"
+            f"and {len(index_g):,} of D_g; {remedy}"
         )
     # Each part has its own random stream, so the images of one do not depend on the other.
     chosen_f = common.random_subset(index_f, args.n, args.seed, 0)
@@ -843,7 +850,7 @@ def main(argv=None):
     forget_names = [test.classes[i] for i in forget]
     folder = common.forget_folder(args.out, args.dataset, forget_names)
     finished = folder / "downstream" / output_name(args)
-    made_from = {"data": common.data_key(train)}
+    made_from = {"data": [common.data_key(part) for part in (train, test)]}
     refuse_other_table(args, finished, made_from)
     models = load_models(args, forget_names, folder, test.images.shape[1:])
     judge = common.load_judge(args, test, forget_names)

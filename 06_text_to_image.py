@@ -95,10 +95,6 @@ def arguments(argv):
     refuse(args)
     # The name of the folder of outputs. "a/b/" and "a/b" are the same pipeline, "." has a name too.
     args.name = common.join_names([Path(os.path.abspath(args.pipeline)).name or "pipeline"])
-    # A prompt that is given twice is one: its pictures must not count twice.
-    args.forget = list(dict.fromkeys(args.forget))
-    if args.keep is not None:
-        args.keep = list(dict.fromkeys(args.keep))
     if args.relearn == []:  # --relearn without a number
         args.relearn = [1, 10] if args.quick else [1, 10, 100]
     return common.finish_args(args, defaults(args), QUICK, folder=args.name)

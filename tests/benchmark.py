@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=2 -- tests/benchmark.py --samplers     # makes assets/samplers.json
     python tests/benchmark.py --json speed.json     # seconds and errors on this machine
-    python tests/benchmark.py --quick --samplers --samplers-file /tmp/s.json --json /tmp/b.json
+    python tests/benchmark.py --quick --samplers --json /tmp/b.json
 
 The first command can be stopped with Ctrl-C: started again, it goes on. The second one reads
 assets/samplers.json. The third one only tells whether everything runs.
@@ -69,9 +69,9 @@ def arguments(argv):
     )
     p.add_argument(
         "--samplers-file",
-        default=str(common.HERE / "assets" / "samplers.json"),
         metavar="FILE",
-        help="--samplers writes it, and --json reads it (default: assets/samplers.json)",
+        help="--samplers writes it, and --json reads it (default: assets/samplers.json; "
+        "--samplers --quick: <out>/quick/samplers.json)",
     )
     p.add_argument(
         "--n",
@@ -134,10 +134,14 @@ def arguments(argv):
         "pc_images": 4,
     }
     args = common.finish_args(args, full=full, quick=quick)
+    if args.samplers_file is None:
+        shipped = common.HERE / "assets" / "samplers.json"
+        is_trial = args.quick and args.samplers
+        args.samplers_file = Path(args.out) / "samplers.json" if is_trial else shipped
     if args.json:
-        common.refuse_unwritable(args.json)
+        refuse_foreign(args.json, "--json", "gemm_share")
     if args.samplers:
-        common.refuse_unwritable(args.samplers_file)
+        refuse_foreign(args.samplers_file, "--samplers-file", "samplers")
     _, num_processes = common.ranks()
     if args.json and num_processes > 1:
         common.exit_with_error(
@@ -145,6 +149,28 @@ def arguments(argv):
             "python tests/benchmark.py --json FILE"
         )
     return args
+
+
+def refuse_foreign(path, flag, key):
+    """Exit with one line if a table cannot be written, or would replace a file that is none.
+
+    flag  that names the file
+    key   which a table of this kind has
+    """
+    path = Path(path)
+    common.refuse_unwritable(path)
+    if not path.parent.is_dir():
+        common.make_folder(path.parent, flag)
+    if not path.is_file():
+        return
+    try:
+        is_ours = key in json.loads(path.read_bytes())
+    except (ValueError, TypeError):
+        is_ours = False
+    if not is_ours:
+        common.exit_with_error(
+            f"{flag}: {path} is not such a table, and would be replaced; name another file"
+        )
 
 
 # ---- what make_tables.py uses too ----------------------------------------------------------------

@@ -275,7 +275,10 @@ def load_file(path):
         table = json.loads(common.read_text(path))
         return {name: with_nan(result) for name, result in table.items()}
     except (ValueError, AttributeError) as error:  # no JSON, or not a table of runs
-        common.exit_with_error(f"{path} is damaged ({error}); restore it with: git checkout {path}")
+        remedy = f"git checkout {path} restores what was committed"
+        if path.is_relative_to(PLACES.runs):  # of --quick
+            remedy = "delete it"
+        common.exit_with_error(f"{path} is damaged ({error}); {remedy}")
 
 
 def with_nan(result):

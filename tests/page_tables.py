@@ -39,7 +39,11 @@ MARKED_TABLE = re.compile(r"(<!-- python tests/page_tables\.py (\S+) -->\n)((?:\
 
 def read(name):
     """Return the content of a JSON file in assets/."""
-    return json.loads(common.read_text(ASSETS / name))
+    path = ASSETS / name
+    try:
+        return json.loads(common.read_text(path))
+    except ValueError as error:
+        common.exit_with_error(f"{path} is damaged ({error}); restore it with: git checkout {path}")
 
 
 def markdown(header, rows):

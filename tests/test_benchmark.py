@@ -237,6 +237,21 @@ def test_bad_input_is_one_line(benchmark, tmp_path, capsys, monkeypatch, argv, w
     assert not (tmp_path / "x.json").exists()
 
 
+@pytest.mark.parametrize("flag", ["--samplers-file", "--json"])
+def test_a_file_that_is_no_such_table_is_not_replaced(benchmark, tmp_path, capsys, flag):
+    path = tmp_path / "LICENSE"
+    path.write_text("mine")
+    argv = ("--quick", "--samplers", "--out", tmp_path / "out", flag, path)
+    assert run(benchmark, *argv) == 2
+    assert flag in capsys.readouterr().err
+    assert path.read_text() == "mine"
+
+
+def test_a_trial_of_the_samplers_leaves_the_shipped_table_alone(benchmark, tmp_path):
+    args = benchmark.arguments(["--quick", "--samplers", "--out", str(tmp_path)])
+    assert args.samplers_file == tmp_path / "quick/samplers.json"
+
+
 def test_a_table_without_a_yardstick_is_one_line(benchmark, tmp_path, capsys):
     table = tmp_path / "samplers.json"
     row = {"nfe": 4, "fd": [1, 2]}
@@ -264,6 +279,17 @@ def test_shapes_writes_a_folder_for_each_kind(shapes, tmp_path):
     assert len(num_files) == 9
     assert set(num_files.values()) == {2}
     assert Image.open(files[0]).size == (32, 32)
+
+
+def test_shapes_replaces_no_picture(shapes, tmp_path, capsys):
+    mine = tmp_path / "red_circle/0000.png"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with pytest.raises(SystemExit) as stop:
+        shapes.main([str(tmp_path), "--n", "1"])
+    assert stop.value.code == 2
+    assert "not empty" in capsys.readouterr().err
+    assert mine.read_text() == "mine"
 
 
 def test_shapes_differ_by_seed_alone(shapes, tmp_path):

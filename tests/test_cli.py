@@ -465,6 +465,33 @@ def test_bad_input_is_one_line_and_touches_nothing(tmp_path, flags, word):
     assert tree(tmp_path) == before
 
 
+@pytest.mark.parametrize("names", [("cat",), tuple("0123456789")])
+def test_02_names_its_own_flag(tmp_path, names):
+    run = run_script("02", *QUICK, "--without", *names, "--out", tmp_path)
+    check_refusal(run, "--without: ")
+
+
+def test_a_class_that_is_named_twice_is_one(tmp_path, small_base):
+    """It is the same run: its result may be replaced without a word of --overwrite."""
+    flags = ("--quick", "--method", "ort", "--steps", 2, "--n", 10, "--nfe", 2, "--out", tmp_path)
+    check_success(run_script("03", *flags, "--forget", 3))
+    check_success(run_script("03", *flags, "--forget", 3, 3))
+
+
+def test_an_empty_word_is_one_line():
+    exercise = runpy.run_path(str(ROOT / "tests/exercise.py"))
+    run = run_function(exercise["arguments"], [""])
+    check_refusal(run, "number: an empty value")
+
+
+def test_a_rank_without_torchrun_is_one_line(tmp_path, monkeypatch):
+    """A batch system may set it alone."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    run = run_script("03", "--quick", "--forget", 3, "--out", tmp_path)
+    check_refusal(run, "unset RANK", "WORLD_SIZE")
+
+
 ODD_WORDS = (
     """a b|it's|-x|$HOME|`id`|*|!!|\\|a\\x41|é|日本|\u2028|\x1b[2J|\x7f|\x85|\udcff|caf\udce9'\\"""
 )

@@ -704,6 +704,14 @@ def test_every_run_of_until_finds_length_and_strength_by_itself(speller):
         assert value_of(tiny, "--max-steps") == "3"
 
 
+@pytest.mark.parametrize("is_quick", [False, True])
+def test_a_damaged_table_names_its_remedy(maker, tmp_path, is_quick):
+    path = tmp_path / "runs/tables.json" if is_quick else tmp_path / "tables.json"
+    path.write_text("{")
+    run = run_function(maker["load_file"], path)
+    check_refusal(run, "is damaged", "delete it" if is_quick else "git checkout")
+
+
 def test_until_table_says_what_was_not_reached(maker):
     run = {
         **{"ur_before": 10.0, "ur_after": 0.5, "ur_interval": [0.2, 0.9]},

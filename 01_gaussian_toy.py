@@ -19,7 +19,7 @@ large to small along the score turns noise into data. Unlearning changes the est
 the walk ends.
 
 The models: Standard has learned all data, and Unseen only D_g. The others are Standard after
-unlearning: Ort and Obt are the paper's, Obt-rel is ours, and ascent is a rival. In the table D_g
+unlearning: Ort and Obt are the paper's, Obt-rel is ours, and ascent is a baseline. In the table D_g
 and D_f stand for the negative log-likelihood of points of D_g and of D_f. Good is a low D_g and a
 high D_f.
 

@@ -28,9 +28,9 @@ and less where a kept class suffers; then L_g also sees more images of that clas
 rate falls. It ends when UR is at most half of the share asked for. See `steer` and `protect`.
 
 With MNIST there is nothing to download. All noise processes (--sde) start from the same checkpoint.
-siss, erasediff, ascent and unseen are rivals of the paper's methods. --from-scratch starts from
-random weights and minimises both losses from the first step on. An attribute of CelebA can also be
-forgotten by its absence: not_bangs.
+siss, erasediff, ascent and unseen are baselines. --from-scratch starts from random weights and
+minimises both losses from the first step on. An attribute of CelebA can also be forgotten by its
+absence: not_bangs.
 
 Writes out/<dataset>/forget-<names>/<method>-<sde>[-<flag><value>...][-scratch][-s<seed>]/, where a
 flag is named if it was given and changes the model: model.pt, result.json, log.jsonl, curves.png,
@@ -138,7 +138,7 @@ def flags():
         "--method",
         choices=list(METHODS),
         default="obt-rel",
-        help="ort and obt are the paper's, obt-rel is ours, the others are rivals",
+        help="ort and obt are the paper's, obt-rel is ours, the others are baselines",
     )
     p.add_argument(
         "--sde",
@@ -678,7 +678,7 @@ def objective(args, net, base, sde, x_g, x_f):  # <-- 03
     return loss, loss_g, loss_f
 
 
-# ---- the rivals' losses --------------------------------------------------------------------------
+# ---- the baselines' losses -----------------------------------------------------------------------
 
 
 def ascent_loss(net, sde, x0, t, cap=2.0):  # <-- 03
@@ -826,10 +826,10 @@ CHECK_NFE = {"ddpm": 30}  # ancestral steps need more
 
 NUM_POOLED = 4  # the last looks that count together: 1,000 samples, each from its own noise
 CHECK_STREAM = 10**6  # makes their noise another one than that of the samples "after"
-KEPT = 0.8  # so much of each kept class has to stay
+LEAST_KEPT = 0.8  # so much of each kept class has to stay
 # And so much of it in the samples of the end: by chance alone 200 samples of a class can be a tenth
 # more or fewer.
-KEPT_AT_THE_END = 0.7
+LEAST_KEPT_AT_THE_END = 0.7
 # With distill as L_g the optimum is pushed by kappa - 1: at 1 it is Unseen, which still draws D_f.
 LEAST_KAPPA = 1.2
 RARE = 20  # of a class that the Standard model draws less often than this nothing can be said
@@ -922,7 +922,7 @@ def protect(shares, left):  # <-- 03
     return [min(4.0, max(1.0, share / max(part, 0.25))) for share, part in zip(shares, left)]
 
 
-def missed(figures, most, kept=KEPT):  # <-- 03
+def missed(figures, most, kept=LEAST_KEPT):  # <-- 03
     """Return which bounds the figures of `pool` miss: {name: by which factor, above 1}.
 
     most  the largest UR, in percent
@@ -937,7 +937,7 @@ def missed(figures, most, kept=KEPT):  # <-- 03
     return {name: factor for name, factor in factors.items() if factor > 1}
 
 
-def say_missed(figures, most, class_names, kept=KEPT_AT_THE_END):  # <-- 03
+def say_missed(figures, most, class_names, kept=LEAST_KEPT_AT_THE_END):  # <-- 03
     """Say in words which bounds the figures of `pool` miss: a list of texts; see missed."""
     worst_class = figures["worst_class"]
     name = "" if worst_class is None else class_names[worst_class]
@@ -1479,7 +1479,7 @@ class Samples:
     images: torch.Tensor  # (n, C, H, W) uint8
     verdict: common.Verdict  # labels, confidence and features of the n images
     # With --animate (sigma, images) from the noise to the first few images, else nothing.
-    way: list = field(default_factory=list)
+    trajectory: list = field(default_factory=list)
 
 
 def draw_samples(args, net, sde, judge, shape, label):
@@ -1489,7 +1489,7 @@ def draw_samples(args, net, sde, judge, shape, label):
 
     The noise is the same at each call: before and after differ by the networks alone.
     """
-    way = []
+    trajectory = []
     if args.animate:
         net = common.Recorder(net, limit=args.nfe)  # of the first batch
     images = common.sample_images(
@@ -1505,8 +1505,8 @@ def draw_samples(args, net, sde, judge, shape, label):
         bf16=args.bf16,
     )
     if args.animate:
-        way = [(sigma, common.to_bytes(x[:NUM_SHOWN].cpu())) for sigma, x in net.seen]
-    return Samples(images, common.judge_images(judge, images), way)
+        trajectory = [(sigma, common.to_bytes(x[:NUM_SHOWN].cpu())) for sigma, x in net.seen]
+    return Samples(images, common.judge_images(judge, images), trajectory)
 
 
 def report(args, data, model, judge, real_g, before, after):
@@ -1687,7 +1687,7 @@ def before_after(path, data, before, after, num_images=NUM_SHOWN, columns=8):
 def draw_flow(path, data, before, after, num_images=32, columns=8):
     """Save an animation of the same noise as it becomes images, before (left) and after (right).
 
-    before, after  Samples with their way; without a Standard model before is None
+    before, after  Samples with their trajectory; without a Standard model before is None
 
     The images are some of before_after.png. Those that the left model makes D_f come first, and
     keep a solid frame as long as they are D_f. A dashed frame marks one that is D_f no more.
@@ -1697,7 +1697,7 @@ def draw_flow(path, data, before, after, num_images=32, columns=8):
         sides = {"after": after}
     forget = torch.tensor(data.forget_classes)
     first = next(iter(sides.values()))
-    num_known = len(first.way[0][1])  # the way is that of the first batch
+    num_known = len(first.trajectory[0][1])  # it is that of the first batch
     was_forgotten = torch.isin(first.verdict.labels[:num_known], forget)
     # False sorts before True.
     picked = torch.argsort(~was_forgotten, stable=True)[:num_images]
@@ -1707,9 +1707,9 @@ def draw_flow(path, data, before, after, num_images=32, columns=8):
     frames = []
     for ax, (name, samples) in zip(axes[0], sides.items()):
         # Before sigma = 10 there is only noise, which fills a file and shows nothing.
-        way = [(sigma, images) for sigma, images in samples.way if sigma < 10]
-        way = [*way, (0, samples.images)]
-        frames.append([(sigma, flow_tile(images[picked], columns)) for sigma, images in way])
+        trajectory = [(sigma, images) for sigma, images in samples.trajectory if sigma < 10]
+        trajectory = [*trajectory, (0, samples.images)]
+        frames.append([(sigma, flow_tile(images[picked], columns)) for sigma, images in trajectory])
         ax.axis("off")
         ax.set_title(name, fontsize=12)
         is_forgotten = torch.isin(samples.verdict.labels[picked], forget)
@@ -1723,12 +1723,12 @@ def draw_flow(path, data, before, after, num_images=32, columns=8):
         fontsize=11,
     )
     fig.subplots_adjust(left=0.005, right=0.995, bottom=0.1, top=0.83, wspace=0.02)
-    shown = [ax.imshow(way[0][1], interpolation="nearest") for ax, way in zip(axes[0], frames)]
+    shown = [ax.imshow(steps[0][1], interpolation="nearest") for ax, steps in zip(axes[0], frames)]
 
     def show(k):
         """Show step k of every side."""
-        for image, way in zip(shown, frames):
-            image.set_data(way[k][1])
+        for image, steps in zip(shown, frames):
+            image.set_data(steps[k][1])
         fig.suptitle(f"noise level sigma = {frames[0][k][0]:.2f}", fontsize=12)
 
     common.save_animation(fig, path, show, len(frames[0]), seconds=0.3)
@@ -1801,7 +1801,7 @@ def plot_looks(axes, history, wish):  # <-- 03
     shares.axhline(wish, color="0.6", lw=1, ls="--", label="wish for UR")
     shares.set_title("share of the samples, %", fontsize=10)
     kept.plot(steps, [now["worst"] for now in history], ".-", label="worst kept class")
-    kept.axhline(KEPT, color="0.6", lw=1, ls="--", label="so much has to stay")
+    kept.axhline(LEAST_KEPT, color="0.6", lw=1, ls="--", label="so much has to stay")
     kept.set_title("share of a class after / before", fontsize=10)
     for ax in (shares, kept):
         ax.set_ylim(0, 1.1 * ax.get_ylim()[1])

@@ -154,7 +154,7 @@ def add_method(p):
         "--method",
         choices=list(METHODS),
         default="obt-rel",
-        help="ort and obt are the paper's, obt-rel is ours, the others are rivals",
+        help="ort and obt are the paper's, obt-rel is ours, the others are baselines",
     )
     p.add_argument(
         "--pseudo", metavar="PROMPT", help="erasediff: what to draw instead (no default)"

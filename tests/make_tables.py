@@ -577,8 +577,8 @@ def run_seed(choice, weight, seed, **how):
     return run(f"{choice.name(weight)}/s{seed}", *argv, **how)
 
 
-def best_rival():
-    """Return the published rival that is best in group vp, or None while one is missing.
+def best_baseline():
+    """Return the published baseline that is best in group vp, or None while one is missing.
 
     That is the one with the lowest FD at UR 1 %, of those that come there. If none does, it is the
     one of least cost at its chosen weight.
@@ -614,8 +614,8 @@ def run_long(choice, weight, seed=0, **how):
 
 
 def group_long(methods=(), **how):
-    """Run the best methods for five times the steps: obt-rel, ascent and the best rival."""
-    for method in methods or ("obt-rel", "ascent", best_rival()):
+    """Run the best methods for five times the steps: obt-rel, ascent and the best baseline."""
+    for method in methods or ("obt-rel", "ascent", best_baseline()):
         choice = None if method is None else chosen(method)
         if choice is None:
             continue
@@ -905,7 +905,7 @@ WALK_STEPS = 500
 PAPER_ALPHAS = (0.99, 0.95, 0.9, 0.7, 0.5)
 RETAINS = ("dsm", "distill")
 # The weights of the other methods, found in groups vp and ve.
-PAPER_RIVALS = {
+PAPER_BASELINES = {
     "erasediff": ("--eta", 0.001, "--uniform-t", "--retain", "distill"),
     "unseen": (),
     "obt-rel": ("--kappa", 1.7),
@@ -1028,7 +1028,7 @@ def paper_three(**how):
     """Run forget 3 on VE: the paper's losses with 1500 and 5000 steps, and the others with 1500."""
     for method, retain, flags in chosen_paper_runs(how.get("dry")):
         run_paper(f"3/{method}/{retain}/1500", method, *flags, **how)
-    for label, flags in PAPER_RIVALS.items():
+    for label, flags in PAPER_BASELINES.items():
         run_paper(f"3/{label}/1500", label.split("/")[0], *flags, **how)
     for method, retain, flags in chosen_paper_runs("look"):
         run_paper(f"3/{method}/{retain}/5000", method, *flags, steps=5000, **how)
@@ -1054,14 +1054,14 @@ def paper_others(forget=(3,), sde="ve", **how):
     setup = {"forget": forget, "sde": sde, **how}
     for method, retain, flags in chosen_paper_runs(how.get("dry")):
         run_paper(f"{place}/{method}/{retain}/1500", method, *flags, **setup)
-    for label, flags in PAPER_RIVALS.items():
+    for label, flags in PAPER_BASELINES.items():
         run_paper(f"{place}/{label}/1500", label.split("/")[0], *flags, **setup)
 
 
 def paper_more(**how):
     """Run what is left of obt-rel: 5000 steps."""
     for label in ("obt-rel", "obt-rel/uniform-t"):
-        run_paper(f"3/{label}/5000", "obt-rel", *PAPER_RIVALS[label], steps=5000, **how)
+        run_paper(f"3/{label}/5000", "obt-rel", *PAPER_BASELINES[label], steps=5000, **how)
 
 
 PAPER_ROWS = {
@@ -1605,7 +1605,7 @@ class Group(NamedTuple):
 GROUPS = {
     "vp": Group("Every method, VP, forget 3, 200 steps of 64 + 64 images.", group_vp),
     "long": Group(
-        "Does quality hold at five times the steps? Obt-rel, ascent and the best published rival.",
+        "Does quality hold at five times the steps? Obt-rel, ascent, the best published baseline.",
         group_long,
     ),
     "ve": Group("The poster's MNIST rows: VE, forget 3, 7, and 3 and 7.", group_ve, ve_lines),

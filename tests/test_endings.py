@@ -272,13 +272,13 @@ def test_animate_changes_nothing_but_adds_the_animation(tmp_path, small_base):
     assert animation.read_bytes() == made
 
 
-def draw_small_flow(path, images, way, labels):
-    """Draw the animation of 8 images whose way is known; those with the label 3 were of D_f."""
+def draw_small_flow(path, images, trajectory, labels):
+    """Draw the animation of 8 images with their trajectory; those of the label 3 were of D_f."""
     unlearn = load_script("03")
 
     def samples(labels):
         verdict = common.Verdict(labels, torch.ones(8), torch.zeros(8, 2), torch.ones(8))
-        return unlearn["Samples"](images, verdict, way)
+        return unlearn["Samples"](images, verdict, trajectory)
 
     data = argparse.Namespace(
         forget_classes=[3], forget_names=["3"], class_names=list("0123456789"), images=images
@@ -288,10 +288,12 @@ def draw_small_flow(path, images, way, labels):
 
 
 def test_the_animation_shows_only_images_whose_way_is_known(tmp_path):
-    """The way is that of the first batch, which may hold fewer images than were drawn."""
+    """The trajectory is that of the first batch, which may hold fewer images than were drawn."""
     images = torch.zeros(8, 1, 28, 28, dtype=torch.uint8)
-    way = [(5.0, images[:4])]
-    draw_small_flow(tmp_path / "flow.gif", images, way, torch.tensor([0, 1, 3, 0, 0, 3, 0, 3]))
+    trajectory = [(5.0, images[:4])]
+    draw_small_flow(
+        tmp_path / "flow.gif", images, trajectory, torch.tensor([0, 1, 3, 0, 0, 3, 0, 3])
+    )
     pictures, _ = read_animation(tmp_path / "flow.gif")
     assert len(pictures) == 2
 
@@ -306,8 +308,8 @@ def test_the_animation_ends_with_the_samples(tmp_path):
     labels = torch.tensor([0, 1, 0, 0, 0, 3, 0, 3])  # the images 5 and 7 are of D_f
 
     path = tmp_path / "flow.gif"
-    way = [(80.0, images), (5.0, noise), (0.1, noise + 255)]
-    draw_small_flow(path, images, way, labels)
+    trajectory = [(80.0, images), (5.0, noise), (0.1, noise + 255)]
+    draw_small_flow(path, images, trajectory, labels)
     pictures, seconds = read_animation(path)
     assert len(pictures) == 3, "80 is only noise; 5, 0.1 and the samples are shown"
     assert seconds[-1] >= 2

@@ -15,7 +15,7 @@ PAPER = ([[-2, -2], [0, 0], [2, 2]], [0.8, 0.4, 0.8], [1])  # means, weights, wh
 
 @pytest.fixture(scope="module")
 def unlearn():
-    """The names of 03_unlearn.py: the rivals' losses, and how it puts a step together."""
+    """The names of 03_unlearn.py: the baselines' losses, and how it puts a step together."""
     return load_script("03")
 
 
@@ -219,7 +219,7 @@ def test_distilling_shifts_the_optimum_of_obt_rel_by_one_kappa(sigma, world):
     assert abs(value) > 10 * error, "from the Standard model there must be a slope"
 
 
-# ---- the rivals ----------------------------------------------------------------------------------
+# ---- the baselines -------------------------------------------------------------------------------
 
 
 def steeply_outward(x):

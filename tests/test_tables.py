@@ -398,8 +398,8 @@ def test_the_paper_group_runs_every_row_with_the_alpha_of_its_walk(paper_world):
     labels = [f"{method}/{retain}" for method, retain in itertools.product(("ort", "obt"), RETAINS)]
     expected = {f"paper/3/{label}/1500" for label in labels}
     expected |= {f"paper/3/{label}/5000" for label in labels}
-    rivals = ("erasediff", "unseen", "obt-rel", "obt-rel/uniform-t")
-    assert set(rows) == expected | {f"paper/3/{label}/1500" for label in rivals}
+    baselines = ("erasediff", "unseen", "obt-rel", "obt-rel/uniform-t")
+    assert set(rows) == expected | {f"paper/3/{label}/1500" for label in baselines}
     for name, argv in rows.items():
         assert value_of(argv, "--steps") == name.rsplit("/", 1)[1], name
         assert value_of(argv, "--sde") == "ve", name

@@ -4395,7 +4395,7 @@ def standard_fid(args, fake, real, **more):
 
     FID takes the features of the Inception network, of images that are resized as TensorFlow does
     it. So it can be compared with the literature. Our FD takes the judge's features, and its scale
-    is another one.
+    is another one. Exits with one line if torch-fidelity cannot use or download its weights.
     """
     import torch_fidelity
 
@@ -4403,15 +4403,23 @@ def standard_fid(args, fake, real, **more):
         # It wants a Dataset of (3, H, W) bytes. expand repeats a grey channel and copies nothing.
         return torch.utils.data.Subset(images.expand(-1, 3, -1, -1), range(len(images)))
 
-    result = torch_fidelity.calculate_metrics(
-        input1=as_dataset(fake),
-        input2=as_dataset(real),
-        fid=True,
-        cuda=args.device != "cpu",
-        verbose=False,
-        feature_extractor_weights_path=args.inception_weights,
-        **more,
-    )
+    try:
+        result = torch_fidelity.calculate_metrics(
+            input1=as_dataset(fake),
+            input2=as_dataset(real),
+            fid=True,
+            cuda=args.device != "cpu",
+            verbose=False,
+            feature_extractor_weights_path=args.inception_weights,
+            **more,
+        )
+    except Exception as error:  # another file, half a file, no network: many exception types
+        if is_out_of_memory(error):
+            raise
+        exit_with_error(
+            f"--fid: torch-fidelity failed ({reason_of(error)}); it needs the file "
+            "pt_inception-2015-12-05-6726825d.pth (--inception-weights); what was drawn is kept"
+        )
     return result["frechet_inception_distance"]
 
 

@@ -19,6 +19,7 @@ from conftest import (
     load_script,
     quick,
     read_json,
+    run_function,
     run_process,
     run_script,
     same_weights,
@@ -799,6 +800,18 @@ def test_fid_is_a_column_of_its_own(with_fid):
     assert [row["fid"] for row in with_fid.rows] == [12.5] * 4
     assert 12.5 not in [row["fd"] for row in with_fid.rows]
     assert "fid" in with_fid.printed
+
+
+def test_a_wrong_file_of_inception_is_one_line(monkeypatch):
+    def calculate_metrics(**options):
+        raise RuntimeError("Error(s) in loading state_dict:\n\tMissing key(s)")
+
+    package = types.SimpleNamespace(calculate_metrics=calculate_metrics)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", package)
+    args = argparse.Namespace(device="cpu", inception_weights="judge.pt")
+    images = torch.zeros(4, 1, 28, 28, dtype=torch.uint8)
+    run = run_function(common.standard_fid, args, images, images)
+    check_refusal(run, "Missing key(s)", "--inception-weights")
 
 
 def test_fid_without_the_package(script, tmp_path, monkeypatch):

@@ -937,8 +937,9 @@ def missed(figures, most, kept=LEAST_KEPT):  # <-- 03
     return {name: factor for name, factor in factors.items() if factor > 1}
 
 
-def say_missed(figures, most, class_names, kept=LEAST_KEPT_AT_THE_END):  # <-- 03
-    """Say in words which bounds the figures of `pool` miss: a list of texts; see missed."""
+def say_missed(figures, most, class_names):  # <-- 03
+    """Say in words which bounds of the end the figures of `pool` miss: texts; see missed."""
+    kept = LEAST_KEPT_AT_THE_END
     worst_class = figures["worst_class"]
     name = "" if worst_class is None else class_names[worst_class]
     unsure = figures["unsure"]
@@ -1012,14 +1013,13 @@ def look_and_steer(args, data, model, judge):  # <-- 03
     if args.until is None or not is_time:
         return
     start = time.time()
-    pushed_by = course.kappa  # up to this look
     kappa = course.kappa or 0.0
     decision = "look again"
     while decision == "look again":
         course.looks.append(look(args, data, model, judge))
         kappa, decision = steer(kappa, course.looks, data.forget_classes, args.until)
     figures = pool(course.looks[-NUM_POOLED:], data.forget_classes)
-    course.history.append({"step": done, "kappa": pushed_by, **figures})
+    course.history.append({"step": done, "kappa": course.kappa, **figures})
     course.has_ended = decision == "stop"
     if course.kappa is not None:
         course.kappa = kappa
@@ -1034,6 +1034,7 @@ def look_and_steer(args, data, model, judge):  # <-- 03
     is_known = len(course.looks) >= NUM_POOLED or done == args.max_steps
     if is_known and (course.best is None or cost <= course.best["cost"]):
         weights = {name: weight.clone() for name, weight in model.ema.net.state_dict().items()}
+        pushed_by = course.history[-1]["kappa"]  # course.kappa is that of the next step by now
         course.best = {"step": done, "kappa": pushed_by, "cost": cost, "weights": weights}
     course.seconds += time.time() - start
 
@@ -1884,7 +1885,7 @@ def redraw(args, data, judge, folder):
     base = load_base(run_args, shape)
     net = common.load_net(folder / "model.pt", command, args.device, shape)
     if base is not None:
-        common.warn_of_other_base(folder / "model.pt", base, command)
+        common.warn_of_other_base(folder / "model.pt", common.weights_digest(base), command)
     sde = common.SDES[run_args.sde]()
     before = None
     if base is not None:

@@ -229,9 +229,10 @@ def find_models(args, forget_names, folder, shape):
         # False sorts before True: Unseen comes first, as the yardstick, and the rest goes by path.
         return (runs[path]["method"] != "unseen", path)
 
+    base = common.weights_digest(models[0].net)
     for path in sorted(runs, key=unseen_first):
         command = common.run_command(args, path, forget_names)
-        common.warn_of_other_base(path, models[0].net, command)
+        common.warn_of_other_base(path, base, command)
         models.append(load_model(args, path.parent.name, path, command, runs[path], shape))
     return models
 

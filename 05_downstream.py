@@ -661,13 +661,14 @@ def load_models(args, forget_names, folder, shape):
         return rank, path
 
     models = {"Standard": common.load_net(base_path, base_command, args.device, shape)}
+    base = common.weights_digest(models["Standard"])
     for path in sorted(method_of, key=place):
         run = path.parent.name
         if run in wanted:
             # As in a table: "obt-rel-vp" is "Obt-rel". VP is the default and goes without saying.
             name = run.removesuffix("-vp").capitalize()
             run_command = common.run_command(args, path, forget_names)
-            common.warn_of_other_base(path, models["Standard"], run_command)
+            common.warn_of_other_base(path, base, run_command)
             models[name] = common.load_net(path, run_command, args.device, shape)
     return models
 

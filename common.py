@@ -3364,14 +3364,14 @@ def warn_of_other_base(path, base, command):
     """Print one line on stderr if a run of 03 was made from another Standard model than `base`.
 
     path     of its model.pt; nothing is printed if its result.json does not name a Standard model
-    base     network of the Standard model
+    base     weights_digest of the Standard model
     command  what makes the run again
     """
     try:
         digest = json.loads(read_text(path.with_name("result.json")))["made_from"]["base"]
     except (OSError, ValueError, LookupError, TypeError):
         return
-    if digest is not None and digest != weights_digest(base):
+    if digest is not None and digest != base:
         warn(
             f"{path.parent} was made from another Standard model, so the two do not compare; "
             f"make it again with: {command}"
@@ -3635,7 +3635,7 @@ def make_folder(path, flag="--out"):
     except OSError as error:
         reason = error.strerror or error
         if os.path.islink(path) and not os.path.exists(path):
-            reason = f"a link to {os.readlink(path)}, which cannot be found"
+            reason = no_file(path)
         exit_with_error(f"cannot write to {path} ({reason}); choose another folder with {flag}")
     return Path(path)
 

@@ -139,9 +139,9 @@ def arguments(argv):
         is_trial = args.quick and args.samplers
         args.samplers_file = Path(args.out) / "samplers.json" if is_trial else shipped
     if args.json:
-        refuse_foreign(args.json, "--json", "gemm_share")
+        refuse_other_file(args.json, "--json", "gemm_share")
     if args.samplers:
-        refuse_foreign(args.samplers_file, "--samplers-file", "samplers")
+        refuse_other_file(args.samplers_file, "--samplers-file", "samplers")
     _, num_processes = common.ranks()
     if args.json and num_processes > 1:
         common.exit_with_error(
@@ -151,7 +151,7 @@ def arguments(argv):
     return args
 
 
-def refuse_foreign(path, flag, key):
+def refuse_other_file(path, flag, key):
     """Exit with one line if a table cannot be written, or would replace a file that is none.
 
     flag  that names the file

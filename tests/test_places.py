@@ -852,7 +852,8 @@ def test_a_run_of_another_standard_model_is_named(tmp_path, capsys, is_other):
     other = common.UNet(width=8, sd=0.5)
     digest = common.weights_digest(other if is_other else base)
     common.write_json(tmp_path / "result.json", {"made_from": {"base": digest}})
-    common.warn_of_other_base(tmp_path / "model.pt", base, "python 03_unlearn.py")
+    digest = common.weights_digest(base)
+    common.warn_of_other_base(tmp_path / "model.pt", digest, "python 03_unlearn.py")
     said = capsys.readouterr().err
     assert ("another Standard model" in said and "python 03_unlearn.py" in said) == is_other
     assert bool(said) == is_other

@@ -188,6 +188,18 @@ def write_json(path, content):
     common.say(f"wrote {path}")
 
 
+def exit_as_damaged(path, error):
+    """Exit with one line: a table is damaged, and what mends it.
+
+    path   of the JSON file
+    error  what its reading has raised
+    """
+    remedy = "delete it"  # a table of --quick
+    if path.parent == common.HERE / "assets":
+        remedy = f"git checkout {path} restores what was committed"
+    common.exit_with_error(f"{path} is damaged ({error}); {remedy}")
+
+
 def read_kept_images(path):
     """Return the images that were kept in a file, or None if it is absent or damaged."""
     try:

@@ -70,7 +70,7 @@ import torch
 # Python looks for modules beside this file, where benchmark.py is; common.py is one folder higher.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import t2i_table
-from benchmark import read_kept_images, write_json
+from benchmark import exit_as_damaged, read_kept_images, write_json
 
 import common
 
@@ -275,10 +275,7 @@ def load_file(path):
         table = json.loads(common.read_text(path))
         return {name: with_nan(result) for name, result in table.items()}
     except (ValueError, AttributeError) as error:  # no JSON, or not a table of runs
-        remedy = f"git checkout {path} restores what was committed"
-        if path.is_relative_to(PLACES.runs):  # of --quick
-            remedy = "delete it"
-        common.exit_with_error(f"{path} is damaged ({error}); {remedy}")
+        exit_as_damaged(path, error)
 
 
 def with_nan(result):

@@ -28,6 +28,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import make_tables
 import t2i_table
+from benchmark import exit_as_damaged
 
 import common
 
@@ -43,7 +44,7 @@ def read(name):
     try:
         return json.loads(common.read_text(path))
     except ValueError as error:
-        common.exit_with_error(f"{path} is damaged ({error}); restore it with: git checkout {path}")
+        exit_as_damaged(path, error)
 
 
 def markdown(header, rows):
@@ -71,33 +72,54 @@ POSTER = {
 FORGET_SETS = ("3", "7", "3-7")
 
 
+# The rows of README's table: names of runs, with the classes in place of {}.
+HEADLINE = (
+    "ve/{}/obt-rel/1.7",
+    "paper/{}/obt-rel/1500",
+    "paper/{}/obt/dsm/1500",
+    "paper/{}/ort/dsm/1500",
+    "paper/{}/erasediff/1500",
+    "paper/{}/unseen/1500",
+    "ve/{}/ascent/0.97",
+    "ve/{}/siss/0.02",
+)
+
+
 def headline():
     """Yield README's table: runs of groups ve and paper, beside the poster's figures."""
-    rows = group_rows("ve")
-    longer = group_rows("paper")
+    table = make_tables.load()
     titles = ["3: UR, FD", "7: UR, FD", "3 and 7: UR, FD"]
-    header = ["method", "weight", *titles, "poster's UR: 3", "7", "3 and 7"]
+    header = ["method", "steps", "weight", *titles, "poster's UR: 3", "7", "3 and 7"]
     cells = []
-    first = [rows[f"{forget}/{make_tables.ve_labels()[0]}"] for forget in FORGET_SETS]
-    before = [f"{result['ur_before']:.2f}, {result['fd_before']:.2f}" for result in first]
-    cells.append(["Standard", "", *before, *poster_cells("standard")])
-    methods = set()
-    for label in make_tables.ve_labels():
-        method, weight, *steps = label.split("/")
-        if method in methods and not steps:
-            continue  # the next stronger weight: docs/results.md has it
-        methods.add(method)
-        flag = make_tables.WEIGHTS[method].flag
-        chosen = f"`{flag} {weight}`" if flag else ""
-        if method in ("obt", "ort"):  # with the time and the noise levels that they need
-            runs = [longer[f"{forget}/{method}/dsm/1500"] for forget in FORGET_SETS]
-            chosen += " `--uniform-t`"
-            steps = [1500]
-        else:
-            runs = [rows[f"{forget}/{label}"] for forget in FORGET_SETS]
-        name = f"{method}, {steps[0]} steps" if steps else method
-        cells.append([name, chosen, *map(ur_and_fd, runs), *poster_cells(method)])
+    for name in HEADLINE:
+        runs = [table[name.format(forget)] for forget in FORGET_SETS]
+        if not cells:  # Standard is the same before every run
+            before = [f"{result['ur_before']:.2f}, {result['fd_before']:.2f}" for result in runs]
+            cells.append(["Standard", "", "", *before, *poster_cells("standard")])
+        flags = flags_of(runs[0])
+        cells.append([
+            flags["--method"],
+            flags["--steps"],
+            weight_cell(flags),
+            *map(ur_and_fd, runs),
+            *poster_cells(flags["--method"]),
+        ])
     return markdown(header, cells)
+
+
+def flags_of(result):
+    """Return the flags of a kept run's command, {flag: the word behind it}."""
+    words = result["command"].split()
+    return {word: after for word, after in zip(words, [*words[1:], ""]) if word.startswith("--")}
+
+
+def weight_cell(flags):
+    """Return how a run weighs D_f, and whether its noise levels are uniform in time."""
+    weights = [weight.flag for weight in make_tables.WEIGHTS.values() if weight.flag in flags]
+    cells = [f"`{flag} {flags[flag]}`" for flag in dict.fromkeys(weights)]
+    if "--uniform-t" in flags:
+        cells.append("`--uniform-t`")
+    return " ".join(cells)
 
 
 def ur_and_fd(result):

@@ -17,6 +17,8 @@ import shlex
 import statistics
 from pathlib import Path
 
+from benchmark import exit_as_damaged
+
 import common
 
 FORGET = "a photo of a three"
@@ -87,7 +89,7 @@ def load(path):
     try:
         return dict(json.loads(path.read_text()).items())
     except (ValueError, AttributeError) as error:
-        common.exit_with_error(f"{path} is damaged ({error}); restore it with: git checkout {path}")
+        exit_as_damaged(path, error)
 
 
 def fill(folder, path, methods=METHODS, quick=False, dry=None):

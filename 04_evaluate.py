@@ -674,8 +674,9 @@ def relearn(net, images, steps, batch, lr, seed):
     lr      peak learning rate
     seed    of torch's global generator, which is set here
 
-    This is the least that an attacker would try. A class that comes back from one image was hidden
-    in the model and not gone from it.
+    This is the least that an attacker would try. A class that comes back may have been hidden, or
+    it may have been learned anew. A model that never saw it (02 --without, or 03 --method unseen
+    --from-scratch) is the control.
     """
     # The draws below take the global generator. Where it stands depends on what ran before, for
     # instance on what was found in kept/. The attack must not depend on that.

@@ -848,7 +848,8 @@ def train(args, model, part_g, part_f):
 def relearn(args, model, part_f, k):
     """Fine-tune the U-Net on k images of D_f under their own prompts: 20 steps of --batch-size.
 
-    This is the least that an attacker would try: what comes back from one image was only hidden.
+    This is the least that an attacker would try. What comes back may have been hidden, or it may
+    have been learned anew: only a model that never saw it could tell.
     """
     torch.manual_seed(args.seed)
     unet = model.pipe.unet.train()  # some versions of diffusers checkpoint in training mode alone

@@ -1129,7 +1129,7 @@ def until_lines(rows):
             for key in ("steps", "kappa", "seconds_trained", "seconds_of_looks")
         ]
         cells = "{:.0f}, {:.2f} | {:.0f}, {:.0f}".format(*medians)
-        yield f"| median of the ten digits | | | | | {cells} | |"
+        yield f"| median of the ten digits | | | | | | | {cells} | |"
 
 
 def ending_lines(rows):
@@ -1138,17 +1138,19 @@ def ending_lines(rows):
     rows  {name: result}
     """
     yield (
-        "| forget | UR % (95 %) | FD / Standard's | class_min_ratio, of | unsure % "
-        "| steps, kappa | s, of looks | reached |"
+        "| forget | UR % (95 %) | without noise | FD / Standard's | class_min_ratio, of | unsure % "
+        f"| {INSTEAD} | steps, kappa | s, of looks | reached |"
     )
-    yield "|---|---|---|---|---|---|---|---|"
+    yield "|---" * 10 + "|"
     for name, result in rows.items():
         low, high = result["ur_interval"]
         cells = [
             f"{result['ur_before']:.2f} to {result['ur_after']:.2f} [{low:.1f}, {high:.1f}]",
+            f"{result['ur_no_noise_after']:.2f}",
             f"x{result['fd_after'] / result['fd_before']:.2f}",
             f"{result['class_min_ratio']:.2f}, {result['worst_class']}",
             f"{result['low_confidence_before']:.1f} to {result['low_confidence_after']:.1f}",
+            instead_cell(result),
             f"{result['steps']}, {result['kappa']:.2f}",
             f"{result['seconds_trained']:.0f}, {result['seconds_of_looks']:.0f}",
             "; ".join(result["not_reached"]) or "yes",
@@ -1236,8 +1238,9 @@ def group_angles(quick=False, dry=False):
 
 def run_lines(rows):
     """Yield the table of a group of runs, {name without the group: result}."""
-    yield "| run | UR % (95 %) | FD | FD / Standard's | class_min_ratio | unsure % | s |"
-    yield "|---|---|---|---|---|---|---|"
+    header = "| run | UR % (95 %) | FD | FD / Standard's | class_min_ratio | unsure %"
+    yield f"{header} | {INSTEAD} | s |"
+    yield "|---" * 8 + "|"
     for name, result in rows.items():
         low, high = result["ur_interval"]
         ur = f"{result['ur_before']:.2f} to {result['ur_after']:.2f} ({low:.1f}-{high:.1f})"
@@ -1246,14 +1249,16 @@ def run_lines(rows):
         kept = f"{result['class_min_ratio']:.2f} | {result['low_confidence_after']:.1f}"
         # scratch/standard has no time: 02 may have been stopped and resumed.
         seconds = round(result["seconds"]) if "seconds" in result else ""
-        yield f"| {name} | {ur} | {fd} | x{ratio:.2f} | {kept} | {seconds} |"
+        instead = instead_cell(result)
+        yield f"| {name} | {ur} | {fd} | x{ratio:.2f} | {kept} | {instead} | {seconds} |"
 
 
 def ve_lines(rows):
     """Yield the table of group ve: the weights found on forget 3, a column for each forget set."""
     forget_sets = ("3", "7", "3-7")
-    yield "| run | 3: UR % (95 %), FD / Standard's, class_min_ratio | 7 | 3 and 7 | s, together |"
-    yield "|---|---|---|---|---|"
+    header = "| run | 3: UR % (95 %), FD / Standard's, class_min_ratio | 7 | 3 and 7"
+    yield f"{header} | 3, {INSTEAD} | s, together |"
+    yield "|---" * 6 + "|"
     is_first = True
     for label in ve_labels():
         names = [f"{forget}/{label}" for forget in forget_sets]
@@ -1262,11 +1267,11 @@ def ve_lines(rows):
         runs = [rows[name] for name in names]
         if is_first:  # the Standard model is the same in all rows, so once is enough
             cells = [f"{result['ur_before']:.2f}, FD {result['fd_before']:.2f}" for result in runs]
-            yield f"| standard | {' | '.join(cells)} | |"
+            yield f"| standard | {' | '.join(cells)} | | |"
             is_first = False
         cells = [ve_cell(result) for result in runs]
         seconds = sum(result["seconds"] for result in runs)
-        yield f"| {label} | {' | '.join(cells)} | {seconds:.0f} |"
+        yield f"| {label} | {' | '.join(cells)} | {instead_cell(runs[0])} | {seconds:.0f} |"
 
 
 def ve_labels():
@@ -1311,6 +1316,8 @@ def noise_lines(rows):
 # The poster's UR in %, by the forgotten classes and the method, Table 1 (MNIST, VE).
 POSTER_UR = {
     ("3", "standard"): 11.0,
+    ("7", "standard"): 15.8,
+    ("3-7", "standard"): 26.8,
     ("3", "ort"): 0.4,
     ("3", "obt"): 1.5,
     ("3", "unseen"): 1.8,
@@ -1337,7 +1344,7 @@ def paper_lines(rows):
     """Yield the table of group paper, with the poster's figures beside ours."""
     yield (
         "| run | UR % (95 %) | without noise | FD / Standard's | unsure % | class_min_ratio "
-        "| instead: other / unsure / noise / still, % | NLL of D_g / D_f | s | poster: UR, NLL |"
+        f"| {INSTEAD} | NLL of D_g / D_f | s | poster: UR, NLL |"
     )
     yield "|---" * 10 + "|"
     for name, result in rows.items():
@@ -1348,7 +1355,17 @@ def paper_cells(name, result):
     """Return the cells of one row of group paper behind its name."""
     bits = f"{result['bpd_g']:.2f} / {result['bpd_f']:.2f}"
     if "ur_after" not in result:  # the shipped Standard model: its likelihoods alone
-        return ["", "", "", "", "", "", bits, "", f"11.0, {POSTER_BITS['standard']}"]
+        return [
+            "",
+            "",
+            "",
+            "",
+            "",
+            "",
+            bits,
+            "",
+            f"{POSTER_UR['3', 'standard']}, {POSTER_BITS['standard']}",
+        ]
     low, high = result["ur_interval"]
     ratio = result["fd_after"] / result["fd_before"]
     seconds = f"{result['seconds']:.0f}" if "seconds" in result else ""
@@ -1370,15 +1387,33 @@ def paper_cells(name, result):
     ]
 
 
+# The title of the cells that instead_cell writes.
+INSTEAD = "instead, %: other / unsure / noise / still"
+
+
 def instead_cell(result):
-    """Write what stands where the Standard model drew a forget class, four shares in percent."""
+    """Write what stands where the Standard model drew a forget class, four shares in percent.
+
+    Runs that did not measure it have been made again in group instead, by the same command. The
+    cell is empty where that is missing.
+    """
     names = ("other", "unsure", "noise", "forgotten")
-    return " / ".join(f"{result[f'instead_{name}']:.0f}" for name in names)
+    for run in (result, *repeats_of(result)):
+        if "instead_other" in run:
+            return " / ".join(f"{run[f'instead_{name}']:.0f}" for name in names)
+    return ""
+
+
+def repeats_of(result):
+    """Return the runs of group instead that have the command of this run: one, or none."""
+    table = load()
+    repeats = [table[name] for name in table if name.startswith("instead/")]
+    return [run for run in repeats if run["command"] == result.get("command")]
 
 
 def instead_lines(rows):
     """Yield the table of what stands where the Standard model drew a 3."""
-    yield "| run | UR % | without noise | instead: other / unsure / noise / still, % |"
+    yield f"| run | UR % | without noise | {INSTEAD} |"
     yield "|---|---|---|---|"
     for name, result in rows.items():
         ur = f"{result['ur_after']:.2f} | {result['ur_no_noise_after']:.2f}"
@@ -1487,8 +1522,9 @@ def summary_lines(table):
 
     Both are means over the seeds, with the least and the largest.
     """
-    yield ("| method | chosen | seeds | UR % | FD | class_min_ratio | unsure % | FD at UR 1 % |")
-    yield "|---|---|---|---|---|---|---|---|"
+    header = "| method | chosen | seeds | UR % | FD | class_min_ratio | unsure % | FD at UR 1 %"
+    yield f"{header} | {INSTEAD} (seed 0) |"
+    yield "|---" * 9 + "|"
     for curve in curves(table):
         name = curve.name(curve.best)
         runs = [table[key] for key in (name, *seed_names(table, name))]
@@ -1499,7 +1535,8 @@ def summary_lines(table):
         unsure = statistics.mean(result["low_confidence_after"] for result in runs)
         yield (
             f"| {curve.method} | `{chosen_flags}` | {len(runs)} | {ur} | {fd} "
-            f"| {least:.2f} | {unsure:.1f} | {one_percent_cell(table, curve)} |"
+            f"| {least:.2f} | {unsure:.1f} | {one_percent_cell(table, curve)} "
+            f"| {instead_cell(runs[0])} |"
         )
 
 

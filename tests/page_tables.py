@@ -61,14 +61,6 @@ def interval(low_and_high, digits=1):
 
 # ---- unlearning ----------------------------------------------------------------------------------
 
-# The poster's Table 1, MNIST: UR in % when 3, 7, or both are forgotten.
-POSTER = {
-    "standard": (11.0, 15.8, 26.8),
-    "ort": (0.4, 0.8, 1.2),
-    "obt": (1.5, 3.6, 5.1),
-    "unseen": (1.8, 2.3, 4.1),
-    "erasediff": (1.4, 1.1, 2.5),
-}
 FORGET_SETS = ("3", "7", "3-7")
 
 
@@ -129,7 +121,8 @@ def ur_and_fd(result):
 
 def poster_cells(method):
     """Return the poster's three figures of a method, or three empty cells."""
-    return [str(value) for value in POSTER.get(method, ("", "", ""))]
+    figures = [make_tables.POSTER_UR.get((forget, method)) for forget in FORGET_SETS]
+    return ["" if figure is None else str(figure) for figure in figures]
 
 
 def group_rows(name):
@@ -168,14 +161,15 @@ def base():
 
 def unlearn(name):
     """Yield the runs of 03 that are kept one by one in a file of assets/."""
-    header = ["command", "UR, %", "FD to the digits to keep", "unsure, %", "class_min_ratio"]
-    header.append("instead: other / unsure / noise / still, %")
+    header = ["command", "UR, %", "without noise", "FD to the digits to keep", "unsure, %"]
+    header += ["class_min_ratio", make_tables.INSTEAD]
     rows = []
     for command, run in read(name).items():
         ratio = run["fd_after"] / run["fd_before"]
         rows.append([
             f"`{command}`",
             f"{run['ur_before']:.2f} to {run['ur_after']:.2f} {interval(run['ur_interval'])}",
+            f"{run['ur_no_noise_after']:.2f}",
             f"{run['fd_before']:.2f} to {run['fd_after']:.2f} (x{ratio:.2f})",
             f"{run['low_confidence_before']:.1f} to {run['low_confidence_after']:.1f}",
             f"{run['class_min_ratio']:.2f}",
@@ -238,19 +232,15 @@ def wishes():
 
 
 def evaluated():
-    """Yield what 04 measured on five models and on real images."""
-    kept = read("relearn.json")
-    rows = []
-    for row in [*kept["rows"], kept["real"]]:
-        if row.get("k", 0) == 0:
-            rows.append(evaluated_row(row))
-    header = ["model", "UR, %", "FD", "unsure, %", "class_min_ratio", "density, coverage"]
-    header += ["NLL of D_g, bits/dim", "of D_f", "bound: D_g, D_f"]
-    return markdown(header, rows)
+    """Yield what 04 measured on seven models and on real images."""
+    kept = read("evaluated.json")
+    header = ["model", "UR, %", "FD", "unsure, %", "class_min_ratio", make_tables.INSTEAD]
+    header += ["density, coverage", "NLL of D_g, bits/dim", "of D_f", "bound: D_g, D_f"]
+    return markdown(header, [evaluated_row(row) for row in [*kept["models"], kept["real"]]])
 
 
 def evaluated_row(row):
-    """Return the cells of one model, or of the real images, which have no likelihood."""
+    """Return the cells of one model; some cells of Standard and of the real images are empty."""
     nll = ["", "", ""]
     if "ode_bits_g" in row:
         nll = [f"{row[key]['mean']:.3f} ± {row[key]['se']:.3f}" for key in ODE_KEYS]
@@ -260,7 +250,8 @@ def evaluated_row(row):
         f"{row['ur']:.2f} {interval(row['ur_interval'])}",
         f"{row['fd']:.2f}",
         f"{row['low_confidence']:.1f}",
-        f"{row['class_min_ratio']:.2f}",
+        f"{row['class_min_ratio']:.2f}" if "class_min_ratio" in row else "",
+        make_tables.instead_cell(row),
         f"{row['density']:.2f}, {row['coverage']:.2f}",
         *nll,
     ]
@@ -271,14 +262,14 @@ BOUND_KEYS = ("bound_bits_g", "bound_bits_f")
 
 
 def relearn():
-    """Yield UR of each model after it has relearned from k images."""
+    """Yield UR and FD of each model after it has relearned from k images."""
     cells = {}  # {model: one cell for each k}
     rows = read("relearn.json")["rows"]
     for row in rows:
-        cell = f"{row['ur']:.2f} {interval(row['ur_interval'])}"
+        cell = f"{row['ur']:.2f} {interval(row['ur_interval'])}, {row['fd']:.2f}"
         cells.setdefault(row["model"], []).append(cell)
     _, *counts = dict.fromkeys(row["k"] for row in rows)  # the first is 0: as it is
-    header = ["UR, %", "as it is", *[f"k = {k}" for k in counts]]
+    header = ["UR in %, FD", "as it is", *[f"k = {k}" for k in counts]]
     return markdown(header, [[model, *own] for model, own in cells.items()])
 
 
@@ -458,7 +449,7 @@ TABLES |= {
     "paper-scratch": partial(paper, "scratch"),
     "paper-walk": partial(paper, "walk"),
 }
-for name in ("ve", "ddpm", "scratch", "nll", "noise", "until", "instead", "angles"):
+for name in ("ve", "ddpm", "scratch", "nll", "noise", "until", "angles"):
     TABLES[name] = partial(group, name)
 
 

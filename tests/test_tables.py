@@ -689,7 +689,7 @@ def test_ve_table_shows_the_weight_found_with_standard_first(maker):
         "1.00 [0.5, 2.0], x1.20, 0.80",
         "1.20 [0.6, 2.4], x1.20, 0.80",
     ]
-    assert obt == f"| obt/0.8 | {' | '.join(cells)} | 300 |"
+    assert obt == f"| obt/0.8 | {' | '.join(cells)} |  | 300 |"
 
 
 def test_every_run_of_until_finds_length_and_strength_by_itself(speller):
@@ -720,14 +720,25 @@ def test_until_table_says_what_was_not_reached(maker):
         **{"fd_before": 0.5, "fd_after": 0.6, "class_min_ratio": 0.81, "worst_class": "5"},
         **{"low_confidence_before": 10.0, "low_confidence_after": 9.0, "not_reached": []},
         **{"steps": 300, "kappa": 2.5, "seconds_trained": 100.0, "seconds_of_looks": 15.0},
+        **{"ur_no_noise_after": 0.4, "instead_other": 80.0, "instead_unsure": 15.0},
+        **{"instead_noise": 2.0, "instead_forgotten": 3.0},
     }
     rows = {str(digit): {**run, "seconds_trained": 100.0 + digit} for digit in range(10)}
     rows["3"]["not_reached"] = ["UR 2 %", "and more"]
     lines = list(maker["until_lines"](rows))
-    cells = "0.81, 5 | 10.0 to 9.0 | 300, 2.50 |"
-    assert lines[2] == f"| 0 | 10.00 to 0.50 [0.2, 0.9] | x1.20 | {cells} 100, 15 | yes |"
+    cells = "0.81, 5 | 10.0 to 9.0 | 80 / 15 / 2 / 3 | 300, 2.50 |"
+    assert lines[2] == f"| 0 | 10.00 to 0.50 [0.2, 0.9] | 0.40 | x1.20 | {cells} 100, 15 | yes |"
     assert lines[5].endswith("| 103, 15 | UR 2 %; and more |")
     assert "| 104, 15 |" in lines[-1], "the median of 100 to 109"
+
+
+def test_a_row_without_the_measure_takes_it_from_the_repeat_of_its_command(maker):
+    shares = {"instead_other": 80.0, "instead_unsure": 15.0, "instead_noise": 2.0}
+    maker["keep"]("instead/vp/ort", "the command", {**shares, "instead_forgotten": 3.0})
+    kept = maker["keep"]("vp/ort", "the command", {"ur_after": 1.0})
+    assert maker["instead_cell"](kept) == "80 / 15 / 2 / 3"
+    other = maker["keep"]("vp/obt", "another command", {"ur_after": 1.0})
+    assert maker["instead_cell"](other) == ""
 
 
 def test_a_figure_that_is_null_in_the_table_is_nan_again(maker, tmp_path):

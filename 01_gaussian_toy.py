@@ -61,6 +61,9 @@ import common
 POSTER = {"standard": (10.91, 10.73), "unseen": (10.63, 11.59), "obt": (10.64, 39.01)}
 POSTER_G, POSTER_F = POSTER["obt"]
 
+# The paper's mixture, as --means, --weights and --forget have it.
+PAPERS_MIXTURE = {"means": [-2, -2, 0, 0, 2, 2], "weights": [0.8, 0.4, 0.8], "forget": [1]}
+
 NATS_PER_BIT = 2 * math.log(2)  # one bit per dimension is so many nats of a 2-D point
 
 
@@ -387,7 +390,7 @@ class Frontier(NamedTuple):
     `frontier` derives it. Unlearning wants E_f, the D_f of the table, high and E_g, its D_g, low.
     """
 
-    eta: float  # smallest p_g/p_f anywhere; 0 if D_f has room to itself, and then there is no bound
+    eta: float  # smallest p_g/p_f anywhere; 0 if D_f reaches further out than D_g: then no bound
     const: float  # nats
 
     def exists(self):
@@ -414,14 +417,34 @@ def frontier(toy):
 
     Pushing D_f out costs D_g, because D_g lives there too, if only in its tails. Ascent with
     w = eta reaches the bound: p = u/(1 - eta) is its optimum.
+
+    Far out in some direction only the Gaussian counts whose mean lies furthest in it. If a mean of
+    D_f lies outside the convex hull of those of D_g, p_g/p_f falls to 0 there, and D_f can be
+    pushed out for nothing.
     """
     log_g_over_f = toy.g.log_prob(toy.x) - toy.f.log_prob(toy.x)
     eta = log_g_over_f.min().exp().item()
+    if not all(is_in_hull(mean, toy.g.means) for mean in toy.f.means):
+        eta = 0.0
     # The integral of u over the cell of each point. It is 0 where p_g/p_f is smallest. There
     # 0 ln 0 would be nan in a computer and not 0, so keep it above 0.
     mass = (toy.mass_g - eta * toy.mass_f).clamp(min=1e-300)
     density = mass / (1 - eta) / toy.cell_area  # u/(1 - eta) at each point
     return Frontier(eta, -(mass * density.log()).sum().item())
+
+
+def is_in_hull(point, corners):
+    """Tell whether a point (2,) lies in the convex hull of corners (K, 2), its edge included.
+
+    From a point outside all corners are seen within less than half a turn. So the directions to
+    them leave a gap of more than half a turn.
+    """
+    x, y = (corners - point).T
+    if (x.hypot(y) < 1e-9).any():  # on a corner, and so without a direction
+        return True
+    angles = torch.atan2(y, x).sort().values
+    gaps = torch.cat([angles.diff(), angles[:1] + 2 * math.pi - angles[-1:]])
+    return gaps.max().item() <= math.pi + 1e-9
 
 
 # ---- the table -----------------------------------------------------------------------------------
@@ -459,7 +482,7 @@ class Row:
     max_abs: float | None = None  # the largest coordinate of a sample, without its sign
     field_error: float | None = None  # root mean square of learned minus exact z_hat
 
-    # The poster. None where it has no such row.
+    # The poster. None where it has no such row, and with a mixture that is not the paper's.
     poster_g: float | None = None
     poster_f: float | None = None
 
@@ -495,7 +518,7 @@ def table_row(toy, method, alpha, exact, nets, args):
     Ascent gets no network: its row is there to show that the frontier can be reached.
     """
     row = Row(method, alpha, unit(exact.nats_g), unit(exact.nats_f), exact.share)
-    if method in POSTER:
+    if method in POSTER and is_papers(args):
         row.poster_g, row.poster_f = POSTER[method]
     if method != "ascent":
         nets[method] = train_method(method, toy, alpha, nets, args)
@@ -578,13 +601,25 @@ def print_curves(curves, alphas):
     print("\nalpha        " + "".join(f"{alpha:10g}" for alpha in alphas))
     for method in ("obt", "obt-rel"):
         shares = "".join(f"{result.share:9.1f}%" for result in curves[method])
-        largest = "".join(f"{result.max_abs:10.1f}" for result in curves[method])
+        # Of 1e40, which is where Obt's samples can end, .1f would print all 41 digits.
+        largest = "".join(
+            f"{result.max_abs:10.1f}" if result.max_abs < 1e6 else f"{result.max_abs:10.0e}"
+            for result in curves[method]
+        )
         print(f"{method:8}share{shares}")
         print(f"{'':7}max|x|{largest}")
 
 
+def print_bound(bound, unseen):
+    """Print what the frontier allows on a mixture of one's own; `unseen` is that row."""
+    print(
+        f"\nfrontier: eta = {bound.eta:.5f}.  With the D_g of Unseen, {unseen.exact_g:.2f}, "
+        f"D_f is at most {bound.highest_f(unseen.exact_g):.2f}."
+    )
+
+
 def print_limits(bound, limits):
-    """Print what the frontier means for the poster's pair of numbers."""
+    """Print what the frontier means for the poster's pair of numbers, on the paper's mixture."""
     print(
         f"\nfrontier: eta = {bound.eta:.5f}.  "
         f"D_g = 10.64 allows D_f at most {limits['df_max_at_10.64']:.2f}; "
@@ -641,30 +676,35 @@ def draw_panels(path, toy, nets):
     common.save_figure(fig, path, dpi=80)
 
 
-def draw_frontier(path, curves, rows, bound):
+def draw_frontier(path, curves, rows, bound, has_poster):
     """Draw D_f (left) and the share of samples at D_f (right) against D_g.
 
-    curves  {method: list of ExactResult}, one for each alpha
-    rows    list of Row: their learned points, or the exact one where nothing was learned
-    bound   Frontier, grey on the left where it exists
+    curves      {method: list of ExactResult}, one for each alpha
+    rows        list of Row: their learned points, or the exact one where nothing was learned
+    bound       Frontier, grey on the left where it exists
+    has_poster  show the poster's point, on the axes that fit the paper's mixture
 
-    The left axis is broken, because the poster's point lies far above all others.
+    The left axis is broken where the poster's point is shown, which lies far above all others.
     """
     plt = common.pyplot()
+    upper = ["top", "right"] if has_poster else ["left", "right"]
     fig, axes = plt.subplot_mosaic(
-        [["top", "right"], ["left", "right"]], figsize=(10, 4.8), height_ratios=[1, 4]
+        [upper, ["left", "right"]], figsize=(10, 4.8), height_ratios=[1, 4]
     )
-    top = axes["top"]
     left = axes["left"]
     right = axes["right"]
-    break_axis(top, left)
-
+    limits = PAPERS_LIMITS if has_poster else limits_of(rows)
+    left.set(xlim=limits["g"], ylim=limits["f"])
+    right.set(xlim=limits["g"], ylim=limits["share"])
     if bound.exists():
-        values_g = torch.linspace(10.5, 11.2, 50)
+        values_g = torch.linspace(*limits["g"], 50)
         values_f = [bound.highest_f(value.item()) for value in values_g]
-        for ax in (top, left):
-            # Grey from the bound up to 45, which is above the top of the picture.
-            ax.fill_between(values_g, values_f, 45, color="0.85", label="no density can be here")
+        for name in set(axes) - {"right"}:
+            # Grey from the bound up to above the top of the picture.
+            ceiling = max(45, limits["f"][1])
+            axes[name].fill_between(
+                values_g, values_f, ceiling, color="0.85", label="no density can be here"
+            )
 
     styles = common.method_styles(common.METHOD_STYLES)
     for method, results in curves.items():
@@ -674,20 +714,40 @@ def draw_frontier(path, curves, rows, bound):
         left.plot(values_g, unit(table[:, 1]), **style)
         right.plot(values_g, table[:, 2], **style, label=f"{method}, exact")
     draw_points(left, right, rows, styles)
+    if has_poster:
+        draw_poster(axes["top"], left)
 
-    star = {"marker": "*", "color": common.METHOD_STYLES["erasediff"][0], "linestyle": ""}
-    top.plot(POSTER_G, POSTER_F, **star, markersize=13)
-    left.plot([], [], **star, markersize=13, label="poster, MSGM")  # for the legend alone
     label_g = "D_g, bits/dim + 8 (low: kept)"
-    top.set(xlim=(10.5, 11.2), ylim=(36.5, 41.5), yticks=(38, 40))
-    left.set(xlim=(10.5, 11.2), ylim=(10.5, 16.5))
     left.set(xlabel=label_g, ylabel="D_f, bits/dim + 8 (high: unlikely)")
-    right.set(xlim=(10.5, 11.2), ylim=(0, 25))
     right.set(xlabel=label_g, ylabel="samples at the forgotten mode, %")
-    left.legend(fontsize=9, loc="upper right")
+    if left.get_legend_handles_labels()[1]:  # what is not on the right: the bound, the poster
+        left.legend(fontsize=9, loc="upper right")
     right.legend(fontsize=9, loc="upper right")
     fig.tight_layout(h_pad=0.3)
     common.save_figure(fig, path, dpi=80)
+
+
+# The axes of draw_frontier that fit the paper's mixture: Obt's D_f runs out of the picture.
+PAPERS_LIMITS = {"g": (10.5, 11.2), "f": (10.5, 16.5), "share": (0, 25)}
+
+
+def limits_of(rows):
+    """Return the axes of draw_frontier on which all rows of the table can be seen."""
+    points = [shown_point(row) for row in rows]
+    limits = {}
+    for name, values in zip(("g", "f", "share"), zip(*points)):
+        margin = 0.1 * (max(values) - min(values)) + 0.05
+        limits[name] = (min(values) - margin, max(values) + margin)
+    return limits
+
+
+def draw_poster(top, left):
+    """Draw the poster's point into an axis of its own above the left one."""
+    break_axis(top, left)
+    star = {"marker": "*", "color": common.METHOD_STYLES["erasediff"][0], "linestyle": ""}
+    top.plot(POSTER_G, POSTER_F, **star, markersize=13)
+    top.set(xlim=PAPERS_LIMITS["g"], ylim=(36.5, 41.5), yticks=(38, 40))
+    left.plot([], [], **star, markersize=13, label="poster, MSGM")  # for the legend alone
 
 
 def break_axis(top, bottom):
@@ -706,18 +766,20 @@ def draw_points(left, right, rows, styles):
     for row in rows:
         style = {**styles[row.method], "linestyle": "", "markersize": 8}
         name = f"{row.method}, exact"
-        value_g = row.exact_g
-        value_f = row.exact_f
-        share = row.ur_exact
         if row.learned_g is not None:
             style |= {"markeredgecolor": "black", "markersize": 9}
             name = f"{row.method}, learned"
-            value_g = row.learned_g
-            value_f = row.learned_f
-            share = row.ur_learned
+        value_g, value_f, share = shown_point(row)
         left.plot(value_g, value_f, **style)
         right.plot(value_g, share, **style, label=None if name in named else name)
         named.add(name)
+
+
+def shown_point(row):
+    """Return D_g, D_f and the share of a row: as learned, or exact where nothing was learned."""
+    if row.learned_g is None:
+        return row.exact_g, row.exact_f, row.ur_exact
+    return row.learned_g, row.learned_f, row.ur_learned
 
 
 def draw_flow(path, toy, nets, num_points=600):
@@ -781,21 +843,21 @@ def arguments(argv):
         "--means",
         type=common.number(float, -20, 20),
         nargs="+",
-        default=[-2, -2, 0, 0, 2, 2],
+        default=PAPERS_MIXTURE["means"],
         help="x y of each Gaussian",
     )
     parser.add_argument(
         "--weights",
         type=common.number(float, 1e-3, 1e3),
         nargs="+",
-        default=[0.8, 0.4, 0.8],
+        default=PAPERS_MIXTURE["weights"],
         help="shares of the Gaussians, normalised to sum 1",
     )
     parser.add_argument(
         "--forget",
         type=common.number(int, 0),
         nargs="+",
-        default=[1],
+        default=PAPERS_MIXTURE["forget"],
         help="which Gaussians to forget, from 0",
     )
     parser.add_argument(
@@ -839,10 +901,23 @@ def arguments(argv):
     return args
 
 
+def is_papers(args):
+    """Tell whether the mixture is the paper's, so that the poster's figures belong to it."""
+    return all(getattr(args, name) == value for name, value in PAPERS_MIXTURE.items())
+
+
 def make_toy(args):
     """Make the mixture of the command line, where the means stand as x y x y ..."""
     means = [args.means[i : i + 2] for i in range(0, len(args.means), 2)]
     return Toy(means, args.weights, args.forget)
+
+
+def refuse_equal_parts(toy):
+    """Exit with one line if D_f and D_g are the same density, of which nothing can be forgotten."""
+    if torch.allclose(toy.mass_g, toy.mass_f, atol=1e-9):
+        common.exit_with_error(
+            "what --forget names has the same density as the rest: give it other --means"
+        )
 
 
 def next_command(args):
@@ -858,6 +933,8 @@ def main(argv=None):
     """Compare exact optima with learned networks, and both with what any density can do."""
     args = arguments(argv)
     common.separate_quick(args)
+    toy = make_toy(args)
+    refuse_equal_parts(toy)
     out = common.make_folder(Path(args.out) / "toy")
     common.remove_leftovers(out)
     common.refuse_unwritable(*[out / name for name in FILES])
@@ -865,12 +942,11 @@ def main(argv=None):
     common.refuse_other_result(args, out / "table.json", now)
     start = time.time()
     torch.manual_seed(args.seed)
-    toy = make_toy(args)
 
     # ---- what any density could reach; no bound where D_f has room to itself
     bound = frontier(toy)
     limits = {"df_max_at_10.64": None, "dg_min_at_39.01": None}
-    if bound.exists():
+    if bound.exists() and is_papers(args):
         limits["df_max_at_10.64"] = bound.highest_f(POSTER_G)
         limits["dg_min_at_39.01"] = bound.lowest_g(POSTER_F)
 
@@ -890,8 +966,10 @@ def main(argv=None):
     # ---- where the exact optima go as L_f gains weight: Obt's samples run away, Obt-rel's do not
     curves = exact_curves(toy, exact, args)
     print_curves(curves, args.alphas)
-    if bound.exists():
+    if bound.exists() and is_papers(args):
         print_limits(bound, limits)
+    elif bound.exists():
+        print_bound(bound, *[row for row in rows if row.method == "unseen"])
 
     # ---- outputs
     content = {
@@ -905,7 +983,9 @@ def main(argv=None):
     panels = {name: nets[name] for name in ("standard", "unseen", "obt-rel")}
     again = common.own_command("01_gaussian_toy.py", argv)
     common.draw_picture(out / "panels.png", draw_panels, toy, panels, again=again)
-    common.draw_picture(out / "frontier.png", draw_frontier, curves, rows, bound, again=again)
+    common.draw_picture(
+        out / "frontier.png", draw_frontier, curves, rows, bound, is_papers(args), again=again
+    )
     common.draw_picture(out / "flow.gif", draw_flow, toy, panels, again=again)
     common.say(
         f"{time.time() - start:.0f} s; wrote {out}/table.json, panels.png, frontier.png, flow.gif; "

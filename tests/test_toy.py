@@ -16,6 +16,7 @@ from conftest import (
 
 PAPER = ([[-2, -2], [0, 0], [2, 2]], [0.8, 0.4, 0.8], [1])  # means, weights, which to forget
 OTHER = ([[-3, 0], [0, 0], [3, 0], [0, 2]], [2, 1, 3, 1], [1, 3])
+ON_THE_EDGE = ([[-3, 0], [0, 0], [3, 0], [0, 3]], [3, 1, 3, 2], [1])  # of the triangle that is kept
 
 STEP = 0.1  # of the tests' own lattice; the script has another step and another reach
 CELL = STEP**2  # area around each point
@@ -38,7 +39,7 @@ class World(NamedTuple):
     p: torch.Tensor  # (N,) density of everything
 
 
-@pytest.fixture(scope="module", params=[PAPER, OTHER], ids=["paper", "other"])
+@pytest.fixture(scope="module", params=[PAPER, OTHER, ON_THE_EDGE], ids=["paper", "other", "edge"])
 def world(request, toy):
     """One mixture after the other, as a World."""
     means, weights, forget = request.param
@@ -107,11 +108,36 @@ def test_ascent_equals_quadrature(world, toy):
 # ---- the frontier --------------------------------------------------------------------------------
 
 
-def test_eta_of_the_frontier_is_the_smallest_ratio(world, toy):
-    eta, _ = toy["frontier"](world.mixture)
-    inside = world.p > 1e-9
-    want = (world.p_g / world.p_f)[inside].min().item()
-    assert eta == pytest.approx(want, rel=0.05, abs=1e-6)
+def ratio_along(mixture, direction, distance):
+    """p_g/p_f far away from the middle, in one direction."""
+    x = torch.tensor([direction], dtype=torch.float64) * distance
+    return (mixture.g.log_prob(x) - mixture.f.log_prob(x)).exp().item()
+
+
+@pytest.mark.parametrize("mixture", [PAPER, ON_THE_EDGE], ids=["paper", "edge"])
+def test_eta_of_the_frontier_is_the_smallest_ratio(mixture, toy):
+    axis = torch.arange(-30, 30.01, STEP, dtype=torch.float64)
+    points = torch.cartesian_prod(axis, axis)
+    world = toy["Toy"](*mixture)
+    want = (world.g.log_prob(points) - world.f.log_prob(points)).min().exp().item()
+    assert toy["frontier"](world).eta == pytest.approx(want, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "means, forget, direction",
+    [
+        (OTHER[0], [1, 3], (0, 1)),
+        ([[0, 0], [1, 0]], [1], (1, 0)),
+        ([[-2, -2], [0, 0.1], [2, 2]], [1], (-1, 1)),
+    ],
+)
+def test_there_is_no_bound_where_the_forgotten_reaches_further_out(means, forget, direction, toy):
+    """Far out in that direction p_g/p_f comes as near to 0 as wanted."""
+    mixture = toy["Toy"](means, [1] * len(means), forget)
+    assert ratio_along(mixture, direction, 200) < 1e-3
+    bound = toy["frontier"](mixture)
+    assert bound.eta == 0
+    assert not bound.exists()
 
 
 def test_constant_of_the_frontier_equals_quadrature(world, toy):
@@ -281,11 +307,32 @@ def test_the_table_holds_both_limits_of_the_frontier(table):
 
 @pytest.mark.parametrize(
     "flags",
-    ["--forget 3", "--forget 0 1 2", "--means 1 2 3", "--weights -1 1 1", "--steps 0"],
+    [
+        *("--forget 3", "--forget 0 1 2", "--means 1 2 3", "--weights -1 1 1", "--steps 0"),
+        "--means 1 1 1 1 --weights 1 2 --forget 1",  # D_f is D_g
+    ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(script, tmp_path, flags):
     check_refusal(script("01", "--out", tmp_path, *flags.split()))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_another_mixture_is_not_held_against_the_poster(script, tmp_path):
+    flags = "--means -3 0 0 0 3 0 0 3 --weights 3 1 3 2 --forget 1"
+    run = script("01", "--quick", "--out", tmp_path, *flags.split())
+    check_success(run)
+    assert "frontier: eta" in run.out
+    assert "poster" not in run.out.partition("method")[2].partition("\n")[2]
+    table = read_json(quick(tmp_path) / "toy/table.json")
+    assert {row["poster_g"] for row in table["rows"]} == {None}
+    assert set(table["frontier"].values()) == {None}
+
+
+def test_samples_that_run_away_keep_the_columns(toy, capsys):
+    result = toy["ExactResult"](1.0, 2.0, 3.0, 7.1e40)
+    toy["print_curves"]({"obt": [result, result], "obt-rel": [result, result]}, [0.9, 0.7])
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert len({len(line) for line in lines}) == 1, "a column is wider than its title"
 
 
 # ---- the full run --------------------------------------------------------------------------------

@@ -30,7 +30,8 @@ v-loss: 0.26 after 300 steps, 0.18 after 5,000, 0.16 at the end.
 Predict, then run:
   1. At which noise level sigma is the loss highest? Why is it low in between? ("loss by noise")
   2. What do samples look like when the average is switched off?               (--ema 0)
-  3. What becomes of samples when training never sees sigma above 2? (--log-sigma -2.5 1.2 --wide 0)
+  3. What becomes of samples when training hardly sees sigma above 2, 0.4 % of all levels?
+     (--log-sigma -2.5 1.2 --wide 0)
 """
 
 import signal
@@ -185,7 +186,7 @@ class Data:
     test_g: torch.Tensor  # (n, C, H, W) uint8, test images of D_g, 500 if there are so many
     held_out: torch.Tensor  # (n, C, H, W) the same on the device, dequantised as `draw` does it
     forget_names: list  # names of the classes that are left out; none without --without
-    part_size: int  # B: `draw` draws so many, a batch or a part of one that is done at once
+    part_size: int  # B, images in one call of `draw`: a batch, or one part of it
     flip: bool  # whether it mirrors a random half of them: a mirror image is then as good
 
     def draw(self, index):
@@ -297,8 +298,9 @@ def refuse_too_large(arch):
 
 def training_times(args, sde, n):
     """Draw random noise levels for n images, as times t (n,)."""
-    # Levels that come often are learned best. "any" takes them where images are decided, with
-    # ln sigma ~ N(mean, std^2), and a share --wide of them anywhere, for the two ends.
+    # Levels that come often are learned best. "any" draws most of them where it is decided what an
+    # image shows, with ln sigma ~ N(mean, std^2), and a share --wide of them anywhere, for the two
+    # ends.
     if args.sde != "any":
         return common.uniform_t(n, sde, args.device)  # the paper's choice
     mean, std = args.log_sigma
@@ -371,6 +373,8 @@ def train(args, data, model, path, first_step, kept_steps, ctrl_c):
             show(args, data, model.ema.net, path.with_name(f"samples_{done:06d}.png"), done)
         if ctrl_c.signum:
             remedy = "go on with the same command and --resume"
+            if args.overwrite:
+                remedy += " in place of --overwrite"
             if done < kept_steps:
                 remedy = f"{path} is still the training of {kept_steps} steps"
             print()
@@ -631,7 +635,8 @@ def measure_base(args):
 
     FD is the Frechet distance to the training images. The judge is unsure of a sample when it is
     less than 80 % sure. Real test images get the same measures, as many as there are samples: that
-    is the best that a model can hope for at this n, args.n.
+    is the best that a model can hope for at this n. It is args.n, or all test images if these are
+    fewer.
     """
     path, command = common.find_base(args)  # command: what makes it, for an error
     train_set, test_set = common.load_train_and_test(
@@ -640,7 +645,8 @@ def measure_base(args):
     shape = train_set.images.shape[1:]
     net = common.load_net(path, command, args.device, shape)
     result_path = Path(args.out) / args.dataset / "measure.json"
-    settings = {name: getattr(args, name) for name in ("n", "seed", "bf16", "without")}
+    n = min(args.n, len(test_set.images))
+    settings = {"n": n, **{name: getattr(args, name) for name in ("seed", "bf16", "without")}}
     settings |= {"base": common.weights_digest(net), "data": common.data_key(train_set)}
     common.refuse_unwritable(result_path)
     common.refuse_other_result(args, result_path, settings)
@@ -650,12 +656,12 @@ def measure_base(args):
     sde = common.VP()  # as 03 and 04 sample, unless told otherwise
     image_sets = {
         "model": common.sample_images(
-            net, args.n, shape, sde, args.seed, device=args.device, bf16=args.bf16
+            net, n, shape, sde, args.seed, device=args.device, bf16=args.bf16
         ),
-        "real": common.random_subset(test_set.images, args.n, args.seed),
+        "real": common.random_subset(test_set.images, n, args.seed),
     }
 
-    common.say(f"{path}, n = {args.n}, {sde.sampler}")
+    common.say(f"{path}, n = {n}, {sde.sampler}")
     rows = {}
     print(f"{'':9}FD       judge unsure, %")
     for name, images in image_sets.items():

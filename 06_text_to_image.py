@@ -233,7 +233,7 @@ def is_shipped(args):
 
 def refuse(args):
     """Exit with one line if something is missing, or if flags do not fit together."""
-    refuse_missing_packages(args)
+    refuse_missing_packages()
     common.refuse_other_methods(args, BELONGS_TO)
     if args.method == "erasediff" and args.pseudo is None:
         common.exit_with_error(
@@ -256,7 +256,7 @@ def refuse(args):
     refuse_missing_files(args)
 
 
-def refuse_missing_packages(args):
+def refuse_missing_packages():
     """Exit with one line that says how to install a package that this run needs."""
     for package in ("diffusers", "transformers", "safetensors"):
         if importlib.util.find_spec(package) is None:
@@ -267,7 +267,7 @@ def refuse_missing_packages(args):
 
 
 def refuse_missing_files(args):
-    """Exit with one line if a file is not there that a flag names, or if --save would replace."""
+    """Exit with one line if a file that a flag names is not there, or the folder of --save is."""
     find_pipeline(args.pipeline)
     if args.judge_weights not in (None, "none") and not Path(args.judge_weights).is_file():
         common.exit_with_error(f"--judge-weights {args.judge_weights} not found; {WHERE_RESNET_IS}")
@@ -405,7 +405,7 @@ def embed(pipe, prompts):
 
 
 def refuse_same(args, texts):
-    """Exit with one line if the pipeline takes a forgotten prompt for one that it has to tell from.
+    """Exit with one line if the text encoder cannot tell a forgotten prompt from another one.
 
     texts  the embeddings of all prompts; equal ones are the same to the U-Net
     """
@@ -713,6 +713,13 @@ def folder_pictures(args):
     # "golf_ball" is a folder, and "golf ball" a word of a prompt.
     names = [IMAGENETTE.get(name, name.replace("_", " ")) for name in source.classes]
     prompts = [args.template.replace("{}", name) for name in names]
+    for i, prompt in enumerate(prompts):
+        if prompt in prompts[:i]:
+            first = source.classes[prompts.index(prompt)]
+            common.exit_with_error(
+                f"--images {args.images}: the sub-folders {first} and {source.classes[i]} both "
+                f"stand for '{prompt}'; put their pictures into one"
+            )
 
     def pictures(prompt, size, n):
         from PIL import ImageOps
@@ -896,7 +903,11 @@ class Judge:
         return common.judge_images(self.net, torch.cat(prepared), batch=100)
 
     def class_of(self, prompt):
-        """Return the index of the class that a prompt names, or None: the longest name counts."""
+        """Return the index of the class that a prompt names, or None: the longest name counts.
+
+        Of ImageNet's classes "Cardigan" is a dog and "cardigan" a garment. Of names that differ in
+        their capitals alone the one counts that the prompt spells in the same way.
+        """
         found = {}
         for i, names in enumerate(self.names):
             for name in names:
@@ -904,13 +915,13 @@ class Judge:
                     found[name] = i
         if not found:
             return None
-        return found[max(found, key=len)]
+        return found[max(found, key=lambda name: (len(name), name in prompt))]
 
     def shows(self, verdict, prompts):
         """Return which pictures show what one of the prompts names: (n,) bool."""
-        wanted = {self.names[self.class_of(prompt)][0].lower() for prompt in prompts}
-        # Of ImageNet's classes two are called "crane", a bird and a machine. Either counts.
-        classes = [i for i, names in enumerate(self.names) if names[0].lower() in wanted]
+        wanted = {self.names[self.class_of(prompt)][0] for prompt in prompts}
+        # A list may give two classes one name: then either counts.
+        classes = [i for i, names in enumerate(self.names) if names[0] in wanted]
         return torch.isin(verdict.labels, torch.tensor(classes))
 
     def paraphrases_of(self, prompt):
@@ -1183,7 +1194,7 @@ def before_after(path, before, after):
 def output_folder(args):
     """Return the folder of this run: out/<pipeline>/forget-<prompts>/<name of the run>.
 
-    What was chosen by a flag is in its name, so two runs have one folder only if they are the same.
+    A flag that changes the weights is in its name. For the others see RESULT_FLAGS.
     """
     usual_args = flags().parse_args(["--pipeline", args.pipeline, "--forget", "any"])
     usual_args.method = args.method
@@ -1209,9 +1220,11 @@ def output_folder(args):
 
 OUTPUTS = ("weights.safetensors", "result.json", "log.jsonl", "before_after.png")
 
-# The flags that a result depends on and that are not in the folder's name.
+# The flags that a result depends on and that are not in the folder's name, or not whole: in a name
+# "_" stands for a space.
 RESULT_FLAGS = (
-    *("pipeline", "images", "keep", "template", "n", "nfe", "guidance", "grad_accum"),
+    *("pipeline", "images", "forget", "keep", "pseudo"),
+    *("template", "n", "nfe", "guidance", "grad_accum"),
     *("judge_weights", "relearn", "fid"),
 )
 

@@ -128,8 +128,9 @@ def rng(*keys):
     """Make a random generator that is seeded by several whole numbers, e.g. rng(seed, batch).
 
     Different keys give unrelated streams of random numbers. The order counts: (0, 1) and (1, 0)
-    are different keys. The generator is on the CPU on purpose. CUDA's generator draws other
-    numbers, and one seed should give one set of pictures everywhere.
+    are different keys. A 0 at the end does not: (5, 0) and (5,) are one key. The generator is on
+    the CPU on purpose. CUDA's generator draws other numbers, and one seed should give one set of
+    pictures everywhere.
     """
     state = np.random.SeedSequence(keys).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> 1))  # torch takes 63 bits and no sign

@@ -14,6 +14,7 @@ import itertools
 import json
 import runpy
 import shlex
+import shutil
 import statistics
 from pathlib import Path
 
@@ -37,6 +38,12 @@ FLAGS = {
 }
 SAME = {"--batch-size": 16, "--ema": 0.95, "--n": 200, "--nfe": 15, "--guidance": 2.0}
 RATES = {"full": 3e-4, "xattn": 1e-3}
+
+
+def tiny(flags):
+    """Return the flags of a tiny run in place of a whole one; its D_f has few pictures."""
+    few = ("--relearn", 1, 10) if "--relearn" in flags else ()
+    return (*flags, *TINY, *few)
 
 
 def row(method, steps, *more, forget=FORGET, train="full", changes=()):
@@ -87,8 +94,8 @@ def load(path):
     if not path.exists():
         return {}
     try:
-        return dict(json.loads(path.read_text()).items())
-    except (ValueError, AttributeError) as error:
+        return {name: dict(result) for name, result in json.loads(path.read_text()).items()}
+    except (ValueError, TypeError, AttributeError) as error:
         exit_as_damaged(path, error)
 
 
@@ -103,7 +110,7 @@ def fill(folder, path, methods=METHODS, quick=False, dry=None):
     for name, flags in runs().items():
         if name.partition("/")[0] not in methods:
             continue
-        command = command_of((*flags, *TINY) if quick else flags)
+        command = command_of(tiny(flags) if quick else flags)
         is_done = load(path).get(name, {}).get("command") == command
         if dry:
             print(f"{'done   ' if is_done else 'missing'} t2i/{name}")
@@ -138,6 +145,7 @@ def execute(folder, flags):
         return pictures
 
     main.__globals__["draw_all"] = draw_all
+    shutil.rmtree(folder, ignore_errors=True)  # what another command has left under this name
     main([*flags, "--out", str(folder)])
     # [!.]: the folder of a run that was killed begins with a dot.
     (path,) = folder.glob("**/forget-*/[!.]*/result.json")
@@ -147,7 +155,11 @@ def execute(folder, flags):
 
 
 def lines(table):
-    """Yield the table {name: result} as Markdown; several seeds are one line of means."""
+    """Yield the table {name: result} as Markdown; several seeds are one line of means.
+
+    Of the columns that are no means, "worst" is of all seeds. What is relearned and what is drawn
+    instead are of the first one.
+    """
     yield (
         "| run | CR % | unsure % | noise % | others % (worst) | FD | paraphrases % | empty % "
         "| relearned from 1, 10, 100 | drawn instead |"
@@ -180,15 +192,15 @@ def line(label, measures, relearned):
     paraphrases = []
     for prompt in measures[0]["paraphrases"]:
         paraphrases.append(statistics.mean(one["paraphrases"][prompt] for one in measures))
-    shares = [", ".join(f"{share:.1f}" for share in paraphrases)]
-    shares.append(", ".join(f"{one['cr']:.0f}" for one in relearned.values()) or "-")
+    paraphrase_cell = ", ".join(f"{share:.1f}" for share in paraphrases)
+    relearned_cell = ", ".join(f"{one['cr']:.0f}" for one in relearned.values()) or "-"
     counts = sorted(measures[0]["class_counts"].items(), key=lambda pair: -pair[1])
     drawn = ", ".join(f"{name} {count}" for name, count in counts[:3])
     worst = min(one["worst"] for one in measures)
     return (
         f"| {label} | {mean('cr'):.1f} | {mean('unsure'):.1f} | {mean('noise'):.1f} "
-        f"| {mean('others'):.1f} ({worst:.0f}) | {mean('fd'):.2f} | {shares[0]} "
-        f"| {mean('empty_prompt'):.1f} | {shares[1]} | {drawn} |"
+        f"| {mean('others'):.1f} ({worst:.0f}) | {mean('fd'):.2f} | {paraphrase_cell} "
+        f"| {mean('empty_prompt'):.1f} | {relearned_cell} | {drawn} |"
     )
 
 

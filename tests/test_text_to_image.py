@@ -361,6 +361,10 @@ def test_own_folders_of_pictures(pipeline, tmp_path):
     check_success(run)
     assert "a photo of a tench: 3 images; keeping 2 prompts: 6 images" in run.out
 
+    (root / "golf ball").mkdir()
+    shutil.copy(root / "golf_ball/0.png", root / "golf ball/0.png")
+    check_refusal(run_script("06", *argv, *more), "golf ball", "golf_ball", "into one")
+
 
 # ---- the frozen model ----------------------------------------------------------------------------
 
@@ -535,12 +539,12 @@ def test_noise_is_told_from_pictures():
 
 
 def test_a_picture_of_another_forgotten_class_is_not_forgotten():
-    names = [["crane"], ["tench"], ["Crane"], ["church"]]
+    names = [["crane"], ["tench"], ["crane"], ["church"]]
     judge = NAMES["Judge"](None, None, names, ())
     verdict = common.Verdict(torch.arange(4), None, None, None)
     assert judge.shows(verdict, ["a tench"]).tolist() == [False, True, False, False]
     assert judge.shows(verdict, ["a tench", "a church"]).tolist() == [False, True, False, True]
-    # Two classes of ImageNet are called by one name.
+    # Two classes are called by one name.
     assert judge.shows(verdict, ["a crane"]).tolist() == [True, False, True, False]
 
     unsure = common.Verdict(*[torch.ones(4)] * 4)
@@ -582,6 +586,14 @@ def test_the_longest_name_counts():
     assert judge.class_of("a photo of a golf ball") == 1
     assert judge.class_of("a photo of a ballroom") is None
     assert judge.paraphrases_of("A photo of a Tench") == ["tench", "an image of a tench"]
+
+
+def test_of_two_names_that_differ_in_capitals_the_prompts_own_counts():
+    judge = NAMES["Judge"](None, None, [["Cardigan"], ["cardigan"]], ())
+    assert judge.class_of("a photo of a cardigan") == 1
+    assert judge.class_of("a photo of a Cardigan") == 0
+    verdict = common.Verdict(torch.arange(2), None, None, None)
+    assert judge.shows(verdict, ["a photo of a cardigan"]).tolist() == [False, True]
 
 
 def test_resnet_is_read_from_a_local_file(tmp_path):
@@ -773,6 +785,20 @@ def test_a_result_of_other_settings_stays(pipeline, tmp_path):
     assert read_json(folder / "result.json")["args"]["guidance"] == 3
 
 
+def test_a_prompt_with_an_underscore_is_another_prompt(pipeline, tmp_path):
+    """In the name of a folder "_" stands for a space."""
+    argv = [str(value) for value in flags_of(pipeline, tmp_path)]
+    args = NAMES["arguments"](argv)
+    folder = NAMES["output_folder"](args)
+    folder.mkdir(parents=True)
+    common.write_json(folder / "result.json", {"args": vars(args)})
+    for forget, has_same in (([FORGET], True), ([FORGET.replace(" ", "_", 1)], False)):
+        args.forget = forget
+        assert NAMES["output_folder"](args) == folder
+        run = run_function(NAMES["refuse_replacing"], args, folder)
+        check_success(run) if has_same else check_refusal(run, "--forget", "--overwrite")
+
+
 def test_without_the_packages_a_line_says_how_to_install_them(tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
@@ -871,6 +897,13 @@ def test_a_finished_run_of_the_table_is_not_repeated(table, tmp_path, monkeypatc
     assert len(made) > 4
 
 
+def test_a_tiny_run_of_the_table_relearns_from_no_more_than_it_has():
+    flags = t2i_table.tiny(t2i_table.runs()["obt-rel/200"])
+    args = NAMES["flags"]().parse_args([str(flag) for flag in flags])
+    assert max(args.relearn) <= 20, "with --quick D_f has 20 pictures"
+    assert "--relearn" not in t2i_table.tiny(t2i_table.runs()["esd/100"])
+
+
 def test_listing_the_table_runs_nothing(table, tmp_path, capsys):
     path, made = table
     t2i_table.fill(tmp_path, path, dry="list")
@@ -890,7 +923,7 @@ def test_seeds_share_a_line_of_means(table, tmp_path):
     assert lines[2].startswith("| before | 97.0 |")
 
 
-@pytest.mark.parametrize("text", ['{"a":', "[1]"])
+@pytest.mark.parametrize("text", ['{"a":', "[1]", '{"obt/0.9": [1]}'])
 def test_a_damaged_table_of_06_is_one_line(tmp_path, text):
     path = tmp_path / "t2i.json"  # of --quick: git does not know it
     path.write_text(text)

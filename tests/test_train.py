@@ -681,3 +681,21 @@ def test_measure_keeps_what_it_prints_and_replaces_no_other_result(small_base, t
     assert path.read_bytes() == before
     check_success(run_script("02", *argv, "--n", 101, "--overwrite"))
     assert json.loads(path.read_text())["n"] == 101
+
+
+def test_measure_takes_as_many_samples_as_there_are_test_images(small_base, tmp_path, monkeypatch):
+    """FD of two numbers of images cannot be compared."""
+    load = common.load_train_and_test
+
+    def load_few(*args):
+        train_set, test_set = load(*args)
+        return train_set, test_set._replace(
+            images=test_set.images[:60], labels=test_set.labels[:60]
+        )
+
+    monkeypatch.setattr(common, "load_train_and_test", load_few)
+    check_success(run_script("02", "--quick", "--out", tmp_path, "--measure", "--n", 100))
+    kept = json.loads((quick(tmp_path) / "mnist/measure.json").read_text())
+    assert (
+        kept["n"] == sum(kept["model"]["class_counts"]) == sum(kept["real"]["class_counts"]) == 60
+    )

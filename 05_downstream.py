@@ -1,4 +1,4 @@
-"""05  Restore damaged images with the unlearned model: what it has forgotten stays lost.
+"""05  Restore damaged images with the unlearned model: what it has forgotten comes back less.
 
     python 05_downstream.py --dataset mnist --forget 3 --task inpaint
     python 05_downstream.py --dataset mnist --forget 3 --task inpaint --paper
@@ -10,10 +10,11 @@ Nothing is trained here.
 
 Question: the unlearned model no longer draws D_f from nothing. Does it still restore an image of
           D_f that it is shown?
-Answer:   restoring is drawing under a condition. D_g comes back as from the Standard model, D_f as
-          something else. Encode-decode, which the paper reports, cannot tell: the probability-flow
-          ODE is one-to-one for *any* network, so there and back returns the image, forgotten or
-          not. It is shown ("latent"), but judge by noise that really hides the class.
+Answer:   restoring is drawing under a condition. D_g comes back as from the Standard model. D_f
+          comes back as something else, the more often the less is left of the image. Encode-decode,
+          which the paper reports, cannot tell: the probability-flow ODE is one-to-one for *any*
+          network, so there and back returns the image, forgotten or not. It is shown ("latent"),
+          but judge by noise that really hides the class.
 
 There is a row for each run of 03; all of them get the same images and the same noise. --steps is
 the number of noise levels (of ODE steps each way for "latent"). Writes
@@ -336,7 +337,8 @@ def encode_decode(net, sde, x0, steps=20, t=0.02, generator=None):
 def noise_and_denoise(net, x0, sigma, steps=20, generator=None):
     """Add noise of the level sigma (a float) to x0 (B, ...), and draw a clean image from there.
 
-    Where the noise leaves the class open, the model decides. NFE = steps.
+    The result (B, ...) is a random draw from p(clean image | noisy image), with the noise of
+    `generator`. Where the noise leaves the class open, the model decides. NFE = steps.
     """
     # dpmpp_sample multiplies the noise that it is given by sigma, and sigma (x0/sigma + z) is the
     # x0 + sigma z from which it has to start.

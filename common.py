@@ -1555,10 +1555,11 @@ def frechet_distance(a, b):
 
         |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2)
 
-    This is the distance of two Gaussians with the means m and the covariances S of the two sets
-    (Heusel et al. 2017, eq. 6). With the judge's features it is called FD. FID is the same with the
-    features of the Inception network, on another scale. Compare two FD only if n is the same,
-    because FD has a bias that falls as 1/n. A set with fewer than two points gives nan.
+    This is the distance of two Gaussians with the means m and the covariances S of the two sets,
+    with the divisor n - 1 (Heusel et al. 2017, eq. 6). With the judge's features it is called FD.
+    FID is the same with the features of the Inception network, on another scale. Compare two FD
+    only if n is the same, because FD has a bias that falls as 1/n. A set with fewer than two points
+    gives nan.
     """
     if min(len(a), len(b)) < 2:
         return math.nan  # one point has no covariance

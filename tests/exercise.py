@@ -7,8 +7,8 @@ The first call copies the scripts and their tests into a folder, and takes the b
 away. Its signature and its docstring stay. Then the test of that function runs on the copy, and
 fails. Write the function in the copy and type the same command again, until the test passes.
 
-A copy that is there is never replaced. To begin again, delete its folder. A solution stands in the
-file that was copied.
+A copy that is there is never replaced. To begin again, delete its folder. It says in exercise.txt
+which exercise it is for. A solution stands in the file that was copied.
 """
 
 import signal
@@ -46,8 +46,13 @@ EXERCISES = {
     3: Exercise("common.py", "obt_rel_loss", "test_losses.py", "obt-rel and 2.0 or obt_rel_loss"),
     4: Exercise("common.py", "frechet_distance", "test_measures.py", "test_frechet"),
     5: Exercise("05_downstream.py", "noise_and_denoise", "test_downstream.py", "posterior"),
-    6: Exercise("06_text_to_image.py", "obt_rel_loss", "test_text_to_image.py", "esd_wants"),
+    6: Exercise(
+        "06_text_to_image.py", "obt_rel_loss", "test_text_to_image.py", "esd_wants or by_the_noise"
+    ),
 }
+
+
+NOTE = "exercise.txt"  # in a copy: the number of its exercise
 
 
 def arguments(argv):
@@ -83,8 +88,9 @@ def without_body(source, name):
     ])
 
 
-def copy_blanked(exercise, folder):
-    """Copy the scripts and the tests into a new folder, and blank the function of the exercise."""
+def copy_blanked(number, folder):
+    """Copy the scripts and the tests into a new folder, and blank the function of an exercise."""
+    exercise = EXERCISES[number]
     with common.fresh_folder(folder) as new:
         (new / "tests").mkdir()
         for part in (".", "tests"):
@@ -92,6 +98,16 @@ def copy_blanked(exercise, folder):
                 shutil.copy(path, new / part / path.name)
         path = new / exercise.file
         path.write_text(without_body(path.read_text("utf-8"), exercise.function), "utf-8")
+        (new / NOTE).write_text(f"{number}\n")
+
+
+def is_blank(path, name):
+    """Tell whether a function in a Python file still is as `without_body` has left it."""
+    source = path.read_text("utf-8")
+    try:
+        return without_body(source, name) == source
+    except (SyntaxError, ValueError):  # it is being written
+        return False
 
 
 def check(exercise, folder):
@@ -109,10 +125,12 @@ def main(argv=None):
     if importlib.util.find_spec("pytest") is None:
         common.exit_with_error("pytest is missing; run: pip install -r tests/requirements.txt")
     if not args.out.exists():
-        copy_blanked(exercise, args.out)
-    if not path.is_file():
+        copy_blanked(args.number, args.out)
+    note = args.out / NOTE
+    is_own = note.is_file() and note.read_text().strip() == str(args.number)
+    if not is_own or not path.is_file():
         common.exit_with_error(
-            f"{args.out} is no copy for this exercise, {exercise.file} is missing there; "
+            f"{args.out} is no copy for exercise {args.number}; "
             f"take another folder: python tests/exercise.py {args.number} --out FOLDER"
         )
 
@@ -120,7 +138,10 @@ def main(argv=None):
     if status == 0:
         print(f"{exercise.function} in {path} passes its test; a solution: {exercise.file}")
         return
-    print(f"now write {exercise.function} in {path}, then run the same command again")
+    if is_blank(path, exercise.function):
+        print(f"now write {exercise.function} in {path}, then run the same command again")
+    else:
+        print(f"not yet: {exercise.function} in {path} does not pass; the course has a solution")
     raise SystemExit(1)
 
 

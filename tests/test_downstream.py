@@ -312,6 +312,8 @@ def test_noise_and_denoise_draws_from_the_posterior(downstream, gaussian, sigma)
     want_cov = sigma**2 * gain @ gain.T + (identity - gain) @ cov
 
     x = downstream.noise_and_denoise(gaussian, x0.repeat(20000, 1), sigma, 80, common.rng(0))
+    few = [downstream.noise_and_denoise(gaussian, x0, sigma, 8, common.rng(1)) for _ in range(2)]
+    assert torch.equal(*few), "all noise comes from `generator`"
     torch.testing.assert_close(x.mean(0), mean + gain @ (x0[0] - mean), rtol=0, atol=0.03)
     torch.testing.assert_close(torch.cov(x.T), want_cov, rtol=0, atol=0.03)
 

@@ -46,16 +46,26 @@ def test_only_the_body_of_the_function_is_taken_away(number):
 def test_the_copy_of_a_student_stays_as_it_is(tmp_path, monkeypatch):
     chosen = exercise.EXERCISES[4]
     (tmp_path / chosen.file).write_text("half an answer\n")
+    (tmp_path / "exercise.txt").write_text("4\n")
     monkeypatch.setattr(exercise, "check", lambda *_: 1)
-    assert run(4, tmp_path).status == 1
+    again = run(4, tmp_path)
+    assert again.status == 1
+    assert "not yet" in again.out, "the student has written something"
     assert (tmp_path / chosen.file).read_text() == "half an answer\n"
-    assert [path.name for path in tmp_path.iterdir()] == [chosen.file]
+    assert {path.name for path in tmp_path.iterdir()} == {chosen.file, "exercise.txt"}
 
 
 def test_another_folder_is_refused_and_left_alone(tmp_path):
     (tmp_path / "letter.txt").write_text("dear")
-    check_refusal(run(4, tmp_path), "common.py", "--out")
+    check_refusal(run(4, tmp_path), "exercise 4", "--out")
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_the_copy_of_another_exercise_does_not_pass(tmp_path):
+    """It has the project's own solution of this one."""
+    folder = tmp_path / "copy"
+    exercise.copy_blanked(5, folder)
+    check_refusal(run(4, folder), "exercise 4", "--out")
 
 
 def test_an_exercise_that_is_not_there_is_one_line():

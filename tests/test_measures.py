@@ -1,5 +1,7 @@
 """The measures against closed forms, and against themselves on made-up verdicts."""
 
+import math
+
 import pytest
 import torch
 from conftest import arguments
@@ -41,6 +43,13 @@ def test_frechet_distance_of_gaussians():
     y = exact_sample(mean_y, cov_y)
     distance = common.frechet_distance(x, y)
     assert distance == pytest.approx(want, abs=1e-8)
+    assert isinstance(distance, float)
+
+
+def test_frechet_distance_of_a_single_point_is_nan():
+    x = randn(20, 4, seed=0)
+    assert math.isnan(common.frechet_distance(x[:1], x))
+    assert math.isnan(common.frechet_distance(x, x[:1]))
 
 
 def test_frechet_distance_to_itself_is_zero():

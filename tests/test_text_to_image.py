@@ -458,6 +458,7 @@ def test_obt_rel_with_its_anchor_wants_what_esd_wants():
     z_hat = torch.zeros(13, 1, **kind, requires_grad=True)
     grown = [value.expand_as(z).reshape(-1, 1) for value in (z_hat, z_base, z_none)]
     losses = NAMES["obt_rel_loss"](grown[0], z.reshape(-1, 1), grown[1], grown[2], eta)
+    assert losses.shape == (z.numel(),), "one number for each latent"
     (grad,) = torch.autograd.grad((share * losses.reshape(z.shape)).sum(), z_hat)
     optimum = z_hat - grad / 2  # the loss is |z_hat|^2 + ..., so one step of Newton ends at it
 
@@ -466,6 +467,15 @@ def test_obt_rel_with_its_anchor_wants_what_esd_wants():
     assert not torch.allclose(target, z_base, atol=0.1)
     # ESD's own definition: beyond the empty prompt, on the other side.
     assert torch.allclose(target, z_none - eta * (z_base - z_none))
+
+
+def test_obt_rel_pushes_by_the_noise_itself():
+    """Its mean over D_f is all that ESD's target needs. A single L_f has the noise z in it."""
+    z_hat, z, z_base, z_none = torch.randn(4, 3, 4, 2, 2, generator=common.rng(0))
+    losses = NAMES["obt_rel_loss"](z_hat, z, z_base, z_none, 1.3)
+    moved = NAMES["obt_rel_loss"](z_hat, z + 1, z_base, z_none, 1.3)
+    want = 2 * 2.3 * z_hat.flatten(1).mean(1)
+    torch.testing.assert_close(moved - losses, want, rtol=1e-4, atol=1e-4)
 
 
 def test_without_chance_obt_rel_is_esd_up_to_a_constant():

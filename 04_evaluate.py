@@ -962,7 +962,7 @@ def plot_attack(path, rows, floor):
     floor  the ratio of real images of D_g in %, below which no model can be told from them
     """
     plt = common.pyplot()
-    fig, ax = plt.subplots(figsize=(6, 4))
+    fig, ax = plt.subplots(figsize=(7.5, 4))
     styles = common.method_styles(dict.fromkeys(row["model"] for row in rows))
     for name, style in styles.items():
         own_rows = [row for row in rows if row["model"] == name]
@@ -978,7 +978,8 @@ def plot_attack(path, rows, floor):
     ax.set_xticks(counts, counts)
     ax.set_xlim(-0.2, 1.5 * max(counts))
     ax.set_ylim(bottom=-1)
-    ax.legend(fontsize=9)
+    # Beside the axes, because a line may go anywhere in them.
+    ax.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0)
     ax.set(
         xlabel="images of D_f relearned from", ylabel="unlearning ratio, % (bars: 95 % interval)"
     )

@@ -262,14 +262,15 @@ BOUND_KEYS = ("bound_bits_g", "bound_bits_f")
 
 
 def relearn():
-    """Yield UR and FD of each model after it has relearned from k images."""
+    """Yield UR, FD and the share of unsure samples after each model has relearned from k images."""
     cells = {}  # {model: one cell for each k}
     rows = read("relearn.json")["rows"]
     for row in rows:
-        cell = f"{row['ur']:.2f} {interval(row['ur_interval'])}, {row['fd']:.2f}"
+        ur = f"{row['ur']:.2f} {interval(row['ur_interval'])}"
+        cell = f"{ur}, {row['fd']:.2f}, {row['low_confidence']:.1f}"
         cells.setdefault(row["model"], []).append(cell)
     _, *counts = dict.fromkeys(row["k"] for row in rows)  # the first is 0: as it is
-    header = ["UR in %, FD", "as it is", *[f"k = {k}" for k in counts]]
+    header = ["UR in %, FD, unsure in %", "as it is", *[f"k = {k}" for k in counts]]
     return markdown(header, [[model, *own] for model, own in cells.items()])
 
 

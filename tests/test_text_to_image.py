@@ -806,7 +806,10 @@ def test_a_prompt_with_an_underscore_is_another_prompt(pipeline, tmp_path):
         args.forget = forget
         assert NAMES["output_folder"](args) == folder
         run = run_function(NAMES["refuse_replacing"], args, folder)
-        check_success(run) if has_same else check_refusal(run, "--forget", "--overwrite")
+        if has_same:
+            check_success(run)
+        else:
+            check_refusal(run, "--forget", "--overwrite")
 
 
 def test_without_the_packages_a_line_says_how_to_install_them(tmp_path, monkeypatch):

@@ -70,7 +70,7 @@ import torch
 # Python looks for modules beside this file, where benchmark.py is; common.py is one folder higher.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import t2i_table
-from benchmark import exit_as_damaged, read_kept_images, write_json
+from benchmark import exit_as_damaged, read_kept_images, waiting_lock, write_json
 
 import common
 
@@ -290,9 +290,10 @@ def keep(name, command, result):
     """Add one finished run to the table, and return its entry."""
     entry = {"command": command, **with_nan(result)}
     path = table_path(name)
-    # Read again just now: another process may have added its runs.
-    table = {**load_file(path), name: entry}
-    write_json(path, dict(sorted(table.items())))
+    with waiting_lock(path.parent):
+        # Read again just now: another process may have added its runs.
+        table = {**load_file(path), name: entry}
+        write_json(path, dict(sorted(table.items())))
     return entry
 
 
@@ -319,6 +320,7 @@ def save_time():
             return draw(net, n, shape, sde, seed, nfe, **more)
         # All that the samples depend on: under --quick, for instance, a batch is another one.
         options = {key: value for key, value in more.items() if key != "label"}
+        options["version"] = common.SAMPLER_VERSION
         settings = repr((tuple(shape), sorted(options.items()))).encode()
         digest = f"{common.weights_digest(net)}-{hashlib.sha256(settings).hexdigest()[:8]}"
         name = f"before-{digest}-{type(sde).__name__}-{n}-{seed}-{nfe}.pt"
@@ -349,8 +351,9 @@ def execute(name, command):
     """
     folder = run_folder(name)
     note = folder / "command.txt"  # for `network` too
-    if not note.exists() or note.read_text() != command:
-        shutil.rmtree(folder, ignore_errors=True)  # what another command has left
+    goes_on = find_files(folder, "result.json") or list(folder.glob("**/*.resume.pt"))
+    if not goes_on or not note.exists() or note.read_text() != command:
+        shutil.rmtree(folder, ignore_errors=True)  # of another command, or of an earlier whole run
         common.make_folder(folder)
         note.write_text(command)
     if not find_files(folder, "result.json"):
@@ -399,12 +402,13 @@ def run(name, *argv, figures=None, quick=False, dry=False):
     print(f"\n=== {name}: {command}", flush=True)
     folder = execute(name, command)
     result = json.loads((folder / "result.json").read_text())
-    for key in ("args", "made_from", "looks"):  # the command says the same; looks are for a plot
+    # The command says what the arguments say, and the looks are for a plot.
+    for key in ("args", "made_from", "looks"):
         result.pop(key, None)
     if figures is not None:
         result.update(figures(common.load_net(folder / "model.pt", command, DEVICE)))
     entry = keep(name, command, result)
-    # In the table now. Without it here, a run whose entry is taken out is made again as a whole.
+    # Removed, so that a run whose entry is taken out of the table is made again.
     (folder / "result.json").unlink()
     return entry
 
@@ -713,7 +717,14 @@ def run_standard(name, steps=3000, sde="vp", more=(), figures=None, quick=False,
     # A process of its own: on Ctrl-C 02 saves and ends well, and its handler of the signal would
     # stay installed in this process.
     resume = ["--resume"] if path.exists() else []
-    subprocess.run([sys.executable, *command.split()[1:], *resume], cwd=ROOT, check=True)
+    with subprocess.Popen([sys.executable, *command.split()[1:], *resume], cwd=ROOT) as training:
+        try:
+            status = training.wait()
+        except KeyboardInterrupt:
+            training.wait()  # Ctrl-C has reached it too: it saves now
+            raise
+    if status:
+        raise SystemExit(status)  # it has said why
     if common.load_checkpoint(path, command, ("step",))["step"] < steps:
         common.exit_with_error("stopped; go on with the same command")
     result = measure_standard(path, command, sde, quick)
@@ -823,8 +834,7 @@ def measure_models(group, runs, figures, dry):
     for label, name in {"standard": "standard", **runs}.items():
         key = f"{group}/{label}"
         measured = measured_model(name)
-        # Entries of the first tables do not say what was measured.
-        is_done = key in load() and load()[key].get("model", measured) == measured
+        is_done = key in load() and load()[key].get("model") == measured
         if is_done or dry:
             tell(key, is_done)
             continue
@@ -1313,7 +1323,8 @@ def noise_lines(rows):
         yield f"| {name} | {' | '.join(cells)} |"
 
 
-# The poster's UR in %, by the forgotten classes and the method, Table 1 (MNIST, VE).
+# The poster's UR in %, by the forgotten classes and the method, Table 1 (MNIST, VE). Its bits/dim
+# are those of CIFAR-10, of D_g and of D_f; they stand beside the runs that forget the 3 with VE.
 POSTER_UR = {
     ("3", "standard"): 11.0,
     ("7", "standard"): 15.8,
@@ -1344,7 +1355,7 @@ def paper_lines(rows):
     """Yield the table of group paper, with the poster's figures beside ours."""
     yield (
         "| run | UR % (95 %) | without noise | FD / Standard's | unsure % | class_min_ratio "
-        f"| {INSTEAD} | NLL of D_g / D_f | s | poster: UR, NLL |"
+        f"| {INSTEAD} | NLL of D_g / D_f | s | poster: UR, NLL (CIFAR-10) |"
     )
     yield "|---" * 10 + "|"
     for name, result in rows.items():
@@ -1373,7 +1384,7 @@ def paper_cells(name, result):
         seconds += " on a GPU"
     place, method = name.split("/")[:2]
     forget = "3" if place in ("walk", "scratch") else place
-    poster = [POSTER_UR.get((forget, method)), POSTER_BITS.get(method)]
+    poster = [POSTER_UR.get((forget, method)), POSTER_BITS.get(method) if forget == "3" else None]
     return [
         f"{result['ur_before']:.2f} to {result['ur_after']:.2f} ({low:.1f}-{high:.1f})",
         f"{result['ur_no_noise_after']:.2f}",
@@ -1520,7 +1531,8 @@ def mean_and_range(values, mark=""):
 def summary_lines(table):
     """Yield the table under the figure: what the chosen weights give, and FD at UR 1 %.
 
-    Both are means over the seeds, with the least and the largest.
+    Means over the seeds, of UR and FD with the least and the largest. What stands instead is of
+    seed 0.
     """
     header = "| method | chosen | seeds | UR % | FD | class_min_ratio | unsure % | FD at UR 1 %"
     yield f"{header} | {INSTEAD} (seed 0) |"
@@ -1544,7 +1556,9 @@ def one_percent_cell(table, curve):
     """Write FD at UR 1 %, or why there is none."""
     ratios = at_one(table, curve.method, curve.name)
     if ratios:
-        return mean_and_range(ratios, "x")
+        cell = mean_and_range(ratios, "x")
+        num_seeds = 1 + len(seed_names(table, curve.name(curve.best)))
+        return cell if len(ratios) == num_seeds else f"{cell} ({len(ratios)} of {num_seeds} seeds)"
     if all(ur < 1 for ur, _ in points_of(table, curve.method, curve.name)):
         return "below it at every weight"
     return "does not come there"
@@ -1712,7 +1726,10 @@ def arguments(argv):
     p.add_argument(
         "--quick", action="store_true", help="the same path with tiny runs, into a table of its own"
     )
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if args.list and args.draw:
+        common.exit_with_error("--list says what is missing and --draw shows the rest: give one")
+    return args
 
 
 def check_row(only):

@@ -263,15 +263,17 @@ BOUND_KEYS = ("bound_bits_g", "bound_bits_f")
 
 def relearn():
     """Yield UR, FD and the share of unsure samples after each model has relearned from k images."""
-    cells = {}  # {model: one cell for each k}
+    cells = {}  # {model: {k: cell}}
     rows = read("relearn.json")["rows"]
     for row in rows:
         ur = f"{row['ur']:.2f} {interval(row['ur_interval'])}"
         cell = f"{ur}, {row['fd']:.2f}, {row['low_confidence']:.1f}"
-        cells.setdefault(row["model"], []).append(cell)
-    _, *counts = dict.fromkeys(row["k"] for row in rows)  # the first is 0: as it is
+        cells.setdefault(row["model"], {})[row["k"]] = cell
+    counts = sorted({row["k"] for row in rows} - {0})  # 0: as it is
     header = ["UR in %, FD, unsure in %", "as it is", *[f"k = {k}" for k in counts]]
-    return markdown(header, [[model, *own] for model, own in cells.items()])
+    return markdown(
+        header, [[model, *(own[k] for k in (0, *counts))] for model, own in cells.items()]
+    )
 
 
 def downstream():

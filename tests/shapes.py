@@ -101,7 +101,7 @@ def write(root, n=200, seed=0):
 def main(argv):
     """Write the folders that the command line asks for."""
     args = arguments(argv)
-    if any(common.make_folder(args.folder, "python tests/shapes.py FOLDER").iterdir()):
+    if any(common.make_folder(args.folder, "FOLDER").iterdir()):
         common.exit_with_error(
             f"{args.folder} is not empty, and the pictures would replace or join what is there; "
             "remove it, or name another folder: python tests/shapes.py FOLDER"

@@ -18,7 +18,7 @@ import shutil
 import statistics
 from pathlib import Path
 
-from benchmark import exit_as_damaged
+from benchmark import exit_as_damaged, waiting_lock
 
 import common
 
@@ -120,9 +120,10 @@ def fill(folder, path, methods=METHODS, quick=False, dry=None):
                 return
             print(f"\n=== t2i/{name}: {command}", flush=True)
             result = execute(folder / f"t2i-{name.replace('/', '-')}", shlex.split(command)[2:])
-            # Read again just now: another process may have added its runs.
-            table = {**load(path), name: {"command": command, **result}}
-            common.write_json(path, {key: table[key] for key in runs() if key in table})
+            with waiting_lock(path.parent):
+                # Read again just now: another process may have added its runs.
+                table = {**load(path), name: {"command": command, **result}}
+                common.write_json(path, {key: table[key] for key in runs() if key in table})
 
 
 def execute(folder, flags):

@@ -8,6 +8,8 @@ import itertools
 import math
 import runpy
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -521,7 +523,7 @@ def test_the_paper_table_has_the_poster_beside_it(maker):
         "| 40 / 30 / 25 / 5 | 1.60 / 13.70 | 900 | 0.4, 3.92 / 13.23 |"
     )
     assert walk.endswith("| 0.4, 3.92 / 13.23 |"), "the walk forgets the 3 too"
-    assert seven.endswith("| 0.8, 3.92 / 13.23 |")
+    assert seven.endswith("| 0.8 |"), "the poster's likelihoods are no figures of the 7"
     assert {line.count("|") for line in maker["paper_lines"](rows)} == {11}
 
 
@@ -702,6 +704,38 @@ def test_every_run_of_until_finds_length_and_strength_by_itself(speller):
         assert not {"--steps", "--kappa", "--alpha"} & set(flags)
         tiny = speller["spell_out"](["--dataset", "mnist", *argv, *speller["tiny"](argv)])
         assert value_of(tiny, "--max-steps") == "3"
+
+
+def test_no_kept_row_is_of_another_command():
+    """Pages show rows by their names, and --list knows which command makes each."""
+    command = [sys.executable, "tests/make_tables.py", "--list"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = listed.stdout.splitlines()
+    missing = {line.split()[1] for line in lines if line.startswith("missing")}
+    assert len(lines) > 200
+    assert not missing & set(read_json(ROOT / "assets/tables.json"))
+    assert not missing & set(read_json(ROOT / "assets/until.json"))
+
+
+def test_two_processes_keep_all_their_rows(tmp_path):
+    code = """
+import sys
+sys.path.insert(0, "tests")
+import make_tables
+from pathlib import Path
+make_tables.PLACES.table = Path(sys.argv[1])
+for i in range(30):
+    make_tables.keep(f"group/{sys.argv[2]}{i}", "command", {"n": i})
+"""
+    path = tmp_path / "tables.json"
+    commands = [[sys.executable, "-c", code, str(path), name] for name in "ab"]
+    processes = [subprocess.Popen(command, cwd=ROOT) for command in commands]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert len(read_json(path)) == 60
+
+
+def test_list_and_draw_together_are_one_line(maker):
+    check_refusal(run_function(maker["main"], ["--list", "--draw"]), "--list", "--draw")
 
 
 @pytest.mark.parametrize("is_quick", [False, True])

@@ -458,8 +458,14 @@ for name in ("ve", "ddpm", "scratch", "nll", "noise", "until", "angles"):
 
 @functools.cache
 def lines_of(name):
-    """Return the lines of one table; each is made once."""
-    return list(TABLES[name]())
+    """Return the lines of one table; each is made once. Exit with one line if a run is missing."""
+    try:
+        return list(TABLES[name]())
+    except KeyError as error:
+        common.exit_with_error(
+            f"table {name}: {error} is missing in assets/; git checkout assets restores what was "
+            "committed, and python tests/make_tables.py makes what is not there"
+        )
 
 
 def anew(text):

@@ -15,7 +15,7 @@ import types
 
 import page_tables
 import pytest
-from conftest import ROOT, SCRIPTS, load_script, run_script
+from conftest import ROOT, SCRIPTS, check_refusal, load_script, run_function, run_script
 
 import common
 
@@ -93,6 +93,12 @@ def test_every_exception_is_there(name):
 def test_a_table_has_as_many_cells_in_each_line(name):
     counts = {line.count("|") for line in page_tables.lines_of(name)}
     assert len(counts) == 1
+
+
+def test_a_table_whose_run_is_missing_is_one_line(monkeypatch):
+    monkeypatch.setattr(page_tables.make_tables, "load", dict)
+    page_tables.lines_of.cache_clear()
+    check_refusal(run_function(page_tables.lines_of, "wishes"), "until/3", "make_tables.py")
 
 
 # ---- links ---------------------------------------------------------------------------------------

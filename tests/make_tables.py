@@ -8,12 +8,13 @@
 
 It can be stopped and started again: a finished run is never repeated.
 
-Each run is one command of 02 or 03. assets/tables.json keeps the command beside the run's result,
-so that any single number can be had again by hand. The command names every hyper-parameter, so it
-means the same thing when 02 or 03 get other defaults. A kept run counts only for its own command.
-Only two things are made in another way. The Standard model's samples, which are the same for every
-run with one seed, are drawn once and kept in out/tables/. Likelihoods, losses by noise level and
-the row of scratch/standard are measured here, on the models that the commands made.
+Each run is one command of 02, 03 or 06. assets/tables.json keeps the command beside the run's
+result, so that any single number can be had again by hand. The command names every
+hyper-parameter, so it means the same thing when the scripts get other defaults. A kept run counts
+only for its own command. Only two things are made in another way. The Standard model's samples,
+which are the same for every run with one seed, are drawn once and kept in out/tables/. Likelihoods,
+losses by noise level, angles and the row of paper/scratch/standard are measured here, on the models
+that the commands made.
 
 How the weights of group vp are chosen, alike for every method and first with seed 0:
 
@@ -689,14 +690,14 @@ def group_ddpm(methods=("obt-rel", "obt", "ort", "unseen", "erasediff"), **how):
         run(f"ddpm/{method}", *setting(method, *flags, sde="ddpm"), **how)
 
 
-def run_standard(name, steps=3000, sde="vp", more=(), figures=None, quick=False, dry=False):
+def run_standard(name, steps, sde, more, figures, quick=False, dry=False):
     """Train a Standard model of 02 with so few steps, and keep the measures that 03 would give it.
 
     Its learning rate and average are those of 03 --from-scratch, so that the two compare.
 
     sde      from which its samples are drawn
     more     flags of 02 that this row has besides
-    figures  function of its network that returns a dict of more figures, or None
+    figures  function of its network that returns a dict of more figures
     """
     out = run_folder(name) / "quick" if quick else run_folder(name)  # 02 adds the folder itself
     path = out / "mnist" / "base.pt"
@@ -728,9 +729,7 @@ def run_standard(name, steps=3000, sde="vp", more=(), figures=None, quick=False,
     if common.load_checkpoint(path, command, ("step",))["step"] < steps:
         common.exit_with_error("stopped; go on with the same command")
     result = measure_standard(path, command, sde, quick)
-    if figures is not None:
-        result.update(figures(common.load_net(path, command, DEVICE)))
-    keep(name, command, result)
+    keep(name, command, {**result, **figures(common.load_net(path, command, DEVICE))})
 
 
 def measure_standard(path, command, sde, quick):
@@ -768,21 +767,6 @@ def measure_standard(path, command, sde, quick):
         "ur_no_noise_after": after["ur_no_noise"],
         **{key: after[key] for key in common.COMPARED},
     }
-
-
-def group_scratch(methods=("standard", "unseen", "ort", "obt"), **how):
-    """Run the paper's Table 1: every method from random weights, at its middle weight."""
-    for method in methods:
-        if method == "standard":
-            run_standard("scratch/standard", **how)
-            continue
-        weights = WEIGHTS[method].values
-        middle = weights[len(weights) // 2]
-        name = f"scratch/{method}"
-        if middle is not None:
-            name += f"/{middle}"
-        flags = ("--from-scratch", "--lr", 8e-3, *weigh(method, middle))
-        run(name, *setting(method, *flags, steps=3000, ema=0.999), **how)
 
 
 # ---- groups that measure finished models ---------------------------------------------------------
@@ -1185,15 +1169,14 @@ def chosen_runs():
             yield long_name(method, nearest(longer))
     for label in ve_labels():
         yield f"ve/3/{label}"
-    yield from (name for name in table if name.startswith(("ddpm/", "scratch/")))
+    yield from (name for name in table if name.startswith("ddpm/"))
 
 
 def group_instead(quick=False, dry=False):
     """Make the runs of the tables above again: what stands where the Standard model drew a 3."""
     for name in chosen_runs():
         known = load().get(name)
-        # 02's own, the row scratch/standard, is in group paper with more steps.
-        if known and SCRIPTS["03"] in known["command"]:
+        if known:
             run(f"instead/{name}", *known["command"].split()[4:], quick=quick, dry=dry)
 
 
@@ -1257,10 +1240,8 @@ def run_lines(rows):
         fd = f"{result['fd_before']:.2f} to {result['fd_after']:.2f}"
         ratio = result["fd_after"] / result["fd_before"]
         kept = f"{result['class_min_ratio']:.2f} | {result['low_confidence_after']:.1f}"
-        # scratch/standard has no time: 02 may have been stopped and resumed.
-        seconds = round(result["seconds"]) if "seconds" in result else ""
-        instead = instead_cell(result)
-        yield f"| {name} | {ur} | {fd} | x{ratio:.2f} | {kept} | {instead} | {seconds} |"
+        kept += f" | {instead_cell(result)} | {result['seconds']:.0f}"
+        yield f"| {name} | {ur} | {fd} | x{ratio:.2f} | {kept} |"
 
 
 def ve_lines(rows):
@@ -1658,13 +1639,6 @@ GROUPS = {
     ),
     "ve": Group("The poster's MNIST rows: VE, forget 3, 7, and 3 and 7.", group_ve, ve_lines),
     "ddpm": Group("The 1000-step chain, ancestral sampling in 50.", group_ddpm),
-    "scratch": Group(
-        "The paper's Table 1 setting: random weights, 3000 steps, both losses from the first on. "
-        "Obt-rel compares with a Standard model, so it cannot be had from scratch. "
-        "Ratios are to the shipped Standard model, which had ten times the steps.",
-        group_scratch,
-        rows=("standard", *(method for method in WEIGHTS if method != "obt-rel")),
-    ),
     "nll": Group(
         "Bits/dim of test images of D_g and D_f under the VE models that forget 3, "
         "mean and standard error.",

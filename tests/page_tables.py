@@ -452,7 +452,7 @@ TABLES |= {
     "paper-scratch": partial(paper, "scratch"),
     "paper-walk": partial(paper, "walk"),
 }
-for name in ("ve", "ddpm", "scratch", "nll", "noise", "until", "angles"):
+for name in ("ve", "ddpm", "nll", "noise", "until", "angles"):
     TABLES[name] = partial(group, name)
 
 

@@ -39,7 +39,7 @@ class World(NamedTuple):
     p: torch.Tensor  # (N,) density of everything
 
 
-@pytest.fixture(scope="module", params=[PAPER, OTHER, ON_THE_EDGE], ids=["paper", "other", "edge"])
+@pytest.fixture(scope="module", params=[PAPER, OTHER], ids=["paper", "other"])
 def world(request, toy):
     """One mixture after the other, as a World."""
     means, weights, forget = request.param

@@ -943,10 +943,11 @@ def main(argv=None):
     start = time.time()
     torch.manual_seed(args.seed)
 
-    # ---- what any density could reach; no bound where D_f has room to itself
+    # ---- what any density could reach; no bound where D_f reaches further out than D_g
     bound = frontier(toy)
+    has_poster = is_papers(args)
     limits = {"df_max_at_10.64": None, "dg_min_at_39.01": None}
-    if bound.exists() and is_papers(args):
+    if bound.exists() and has_poster:
         limits["df_max_at_10.64"] = bound.highest_f(POSTER_G)
         limits["dg_min_at_39.01"] = bound.lowest_g(POSTER_F)
 
@@ -966,7 +967,7 @@ def main(argv=None):
     # ---- where the exact optima go as L_f gains weight: Obt's samples run away, Obt-rel's do not
     curves = exact_curves(toy, exact, args)
     print_curves(curves, args.alphas)
-    if bound.exists() and is_papers(args):
+    if bound.exists() and has_poster:
         print_limits(bound, limits)
     elif bound.exists():
         print_bound(bound, *[row for row in rows if row.method == "unseen"])
@@ -984,7 +985,7 @@ def main(argv=None):
     again = common.own_command("01_gaussian_toy.py", argv)
     common.draw_picture(out / "panels.png", draw_panels, toy, panels, again=again)
     common.draw_picture(
-        out / "frontier.png", draw_frontier, curves, rows, bound, is_papers(args), again=again
+        out / "frontier.png", draw_frontier, curves, rows, bound, has_poster, again=again
     )
     common.draw_picture(out / "flow.gif", draw_flow, toy, panels, again=again)
     common.say(

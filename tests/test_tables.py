@@ -793,6 +793,7 @@ def test_a_damaged_table_is_one_line(maker, tmp_path, text, capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "is damaged" in error
+    assert "delete it" in error, "git does not know a table outside assets/"
 
 
 @pytest.mark.parametrize("only", ["", "vp/", "/", "/ort", "nonsense", "vp/ort/", "nll/ort", "VP"])
